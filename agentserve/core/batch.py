@@ -1,0 +1,109 @@
+"""What crosses the boundary between the control plane and an executor: plain data in, plain data out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from agentserve.core.request import SamplingParams, WorkClass
+from agentserve.core.slots import SlotPartition
+
+
+class Lane(StrEnum):
+    """A sequence of batches; batches of two lanes may run at the same time."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+    @property
+    def other(self) -> Lane:
+        return Lane.DECODE if self is Lane.PREFILL else Lane.PREFILL
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """How to sample the token that follows a chunk."""
+
+    params: SamplingParams
+    output_index: int
+    """Which output token this is, from 0: with the seed it determines the random number."""
+    history: tuple[int, ...]
+    """Prompt and output tokens so far if `params.needs_history`, else empty."""
+    num_prompt_tokens: int
+    """How many of `history` are prompt: presence and frequency penalties count output tokens only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """A piece of one request: compute the KV of `token_ids` at positions `start, start + 1, ...`.
+
+        0 ........... start ............. end              end = start + num_tokens
+        | in blocks    | this chunk       |
+        | block_ids[0] ... block_ids[-1]  |                len(block_ids) == ceil(end / block_size)
+
+    Token *i* lives in block `block_ids[i // block_size]` at offset `i % block_size`. Blocks that lie wholly before
+    `start` may be shared with other requests and must not be written.
+    """
+
+    request_id: str
+    work_class: WorkClass
+    start: int
+    token_ids: tuple[int, ...]
+    block_ids: tuple[int, ...]
+    sample: SampleSpec | None
+    """None: no token is sampled (the prompt is not done yet)."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one lane runs next."""
+
+    batch_id: int
+    """Unique and increasing over both lanes."""
+    lane: Lane
+    partition: SlotPartition
+    """The lane runs on `partition.units(lane)` compute units."""
+    co_running: bool
+    """Whether the other lane was busy when this batch was made."""
+    chunks: tuple[ScheduledChunk, ...]
+    """Never empty; a request occurs at most once, and never in two batches in flight."""
+    ended_request_ids: tuple[str, ...] = ()
+    """Requests that ended or lost their blocks since the last batch: what an executor keeps for them is stale."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSample:
+    """A sampled token. `logprob` and `top_logprobs` are those of the model's distribution, natural logarithm."""
+
+    request_id: str
+    token_id: int
+    logprob: float | None = None
+    """None unless log-probabilities were asked for."""
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens in descending order, as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOutput:
+    """What became of a batch. Exactly one for every submitted batch."""
+
+    batch_id: int
+    lane: Lane
+    started_ns: int
+    finished_ns: int
+    samples: tuple[TokenSample, ...]
+    """One for each chunk with a `sample`, in the order of the chunks. Empty after an error."""
+    error: str | None = None
+    """Set when the batch failed; none of its results may be used."""

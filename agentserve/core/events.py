@@ -1,0 +1,123 @@
+"""What the control plane tells the world: engine events and commands.
+
+Commands go in, events come out. Both are plain data, so that a recording holds them as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from agentserve.core.batch import Batch, TokenSample
+from agentserve.core.request import FinishReason, SamplingParams
+
+# ---- commands ----
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRequest:
+    """A new request. Its terminal event is guaranteed, whatever happens."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    agent_id: str | None = None
+    session_id: str | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    """Prefixes are shared only between requests of the same salt."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndRequest:
+    """Ends a request early: CANCELLED when nobody listens any more, STOP when a stop string was found in its text.
+
+    Ignored for a request that has ended already: the two may cross.
+    """
+
+    request_id: str
+    reason: FinishReason = FinishReason.CANCELLED
+
+
+Command: TypeAlias = SubmitRequest | EndRequest
+
+# ---- events ----
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAdmitted:
+    """It has its blocks; prefill starts with the next batch. Emitted again after each preemption."""
+
+    request_id: str
+    at_ns: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Tokens found in the prefix cache by this admission."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """A chunk of the prompt is done."""
+
+    request_id: str
+    at_ns: int
+    num_computed_tokens: int
+    num_total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenGenerated:
+    request_id: str
+    at_ns: int
+    sample: TokenSample
+    output_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPreempted:
+    """Its blocks were taken; it will be computed again."""
+
+    request_id: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestStats:
+    """Counts and times of one request. Times are nanoseconds on the driver's clock."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens that were not computed because their KV was in the cache at the first admission."""
+    num_output_tokens: int
+    num_preemptions: int
+    first_work_class: str
+    """`cold_prefill` or `resume_prefill`; empty if it never ran."""
+    arrival_ns: int
+    first_scheduled_ns: int | None
+    first_token_ns: int | None
+    last_token_ns: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFinished:
+    """The one terminal event of a request. Nothing about it follows."""
+
+    request_id: str
+    at_ns: int
+    reason: FinishReason
+    stats: RequestStats
+    error: str | None = None
+    """A sentence for the user when `reason` is ERROR."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchScheduled:
+    """A batch was handed to a lane."""
+
+    at_ns: int
+    batch: Batch
+
+
+EngineEvent: TypeAlias = (
+    RequestAdmitted | PrefillProgress | TokenGenerated | RequestPreempted | RequestFinished | BatchScheduled
+)

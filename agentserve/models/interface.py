@@ -1,0 +1,45 @@
+"""What an executor needs of a model, and a model of an executor.
+
+A model computes on a flat batch: the tokens of all chunks one after the other, with no batch dimension and no padding.
+It knows nothing of requests, blocks or lanes; `Attention` hides them.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from agentserve.models.config import ModelConfig
+
+
+class Attention(Protocol):
+    """The KV cache and the attention over it, for one batch."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Stores `key` and `value` of the batch's tokens and returns the attention of `query` over each sequence.
+
+        Args:
+            layer: from 0.
+            query: `[num_tokens, num_heads, head_dim]`, rotary embedding applied.
+            key: `[num_tokens, num_kv_heads, head_dim]`, rotary embedding applied.
+            value: `[num_tokens, num_kv_heads, head_dim]`.
+
+        Returns:
+            `[num_tokens, num_heads * head_dim]`. Causal: a token sees itself and what comes before it in its sequence.
+        """
+        ...
+
+
+class DecoderModel(Protocol):
+    """A decoder-only language model."""
+
+    config: ModelConfig
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Final hidden states (normalized) `[num_tokens, hidden_size]`; both arguments are `[num_tokens]` int64."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[n, vocab_size]` in float32 of hidden states `[n, hidden_size]`."""
+        ...

@@ -1,0 +1,275 @@
+"""The asyncio side of the engine: submit token ids, iterate over what comes back.
+
+`EngineClient` lives on one event loop. The engine thread hands it events with one `call_soon_threadsafe` a step. Every
+stream ends with exactly one `StreamEnd`; leaving a stream early cancels its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, TypeAlias
+
+from agentserve.core.batch import TokenSample
+from agentserve.core.events import (
+    Command,
+    EndRequest,
+    EngineEvent,
+    PrefillProgress,
+    RequestAdmitted,
+    RequestFinished,
+    RequestStats,
+    SubmitRequest,
+    TokenGenerated,
+)
+from agentserve.core.request import FinishReason, SamplingParams
+from agentserve.core.stats import EngineStats
+from agentserve.errors import (
+    ContextLengthExceededError,
+    EngineError,
+    InvalidRequestError,
+    QueueFullError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTokens:
+    """Tokens that arrived since the last event: one, or several if the consumer is slower than the engine."""
+
+    samples: tuple[TokenSample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamProgress:
+    """How much of the prompt is in the cache or computed by now."""
+
+    num_computed_tokens: int
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """The last event of every stream."""
+
+    reason: FinishReason
+    stats: RequestStats
+    error: str | None
+
+
+StreamEvent: TypeAlias = StreamTokens | StreamProgress | StreamEnd
+
+
+class Driver(Protocol):
+    """What the client needs of whoever runs the core."""
+
+    def post(self, command: Command) -> None:
+        """Hands a command to the engine thread; returns at once. Raises EngineError if the engine is down."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Mailbox:
+    """What one stream has not read yet. Tokens merge, so a slow consumer costs one event, not thousands."""
+
+    samples: list[TokenSample] = field(default_factory=list)
+    progress: StreamProgress | None = None
+    end: StreamEnd | None = None
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class TokenStream:
+    """The events of one request, as an async iterator and context manager.
+
+    `async with client.generate(...) as stream: async for event in stream: ...`. Leaving the context before the end
+    cancels the request.
+    """
+
+    def __init__(self, client: EngineClient, request_id: str) -> None:
+        self.request_id = request_id
+        self._client = client
+        self._mailbox = _Mailbox()
+        self._ended = False
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if not self._ended:
+            self.finish(FinishReason.CANCELLED)
+            self._client._forget(self.request_id)
+
+    def __aiter__(self) -> AsyncIterator[StreamEvent]:
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        if self._ended:
+            raise StopAsyncIteration
+        mailbox = self._mailbox
+        await mailbox.filled.wait()
+        if mailbox.samples:
+            event: StreamEvent = StreamTokens(tuple(mailbox.samples))
+            mailbox.samples.clear()
+            mailbox.progress = None
+        elif mailbox.progress is not None:
+            event = mailbox.progress
+            mailbox.progress = None
+        else:
+            assert mailbox.end is not None
+            event = mailbox.end
+            self._ended = True
+        if not mailbox.samples and mailbox.progress is None and mailbox.end is None:
+            mailbox.filled.clear()
+        return event
+
+    def finish(self, reason: FinishReason) -> None:
+        """Asks the engine to end the request early; the `StreamEnd` still comes through the stream.
+
+        `FinishReason.STOP` is for a stop string found in the text.
+        """
+        self._client._end(self.request_id, reason)
+
+
+class EngineClient:
+    """The asyncio facade of an engine. All methods are for the event loop's thread."""
+
+    def __init__(self, driver: Driver, *, max_model_len: int, max_queued_requests: int) -> None:
+        self._driver = driver
+        self.max_model_len = max_model_len
+        self._max_queued_requests = max_queued_requests
+        self._streams: dict[str, TokenStream] = {}
+        self._waiting: set[str] = set()
+        self._num_pending = 0
+        self._ids = itertools.count()
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that were accepted and whose stream is still listened to."""
+        return len(self._streams)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that were accepted and have not been admitted yet."""
+        return len(self._waiting)
+
+    def stats(self) -> EngineStats:
+        return self._driver.stats()
+
+    def check(self, num_prompt_tokens: int, sampling: SamplingParams, *, param: str = "messages") -> None:
+        """Raises what `generate` would raise, without submitting anything."""
+        if num_prompt_tokens < 1:
+            raise InvalidRequestError("the prompt is empty", param=param)
+        if num_prompt_tokens >= self.max_model_len:
+            raise ContextLengthExceededError(num_prompt_tokens, self.max_model_len, param=param)
+        if num_prompt_tokens + sampling.max_tokens > self.max_model_len:
+            raise InvalidRequestError(
+                f"max_tokens is {sampling.max_tokens}, but the prompt has {num_prompt_tokens} tokens and the "
+                f"model's maximum context length is {self.max_model_len} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        if self.num_waiting >= self._max_queued_requests:
+            raise QueueFullError(
+                f"{self.num_waiting} requests are waiting already, which is the limit",
+                retry_after_s=5,
+            )
+
+    def generate(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str | None = None,
+        agent_id: str | None = None,
+        session_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        param: str = "messages",
+    ) -> TokenStream:
+        """Submits a request and returns its stream.
+
+        Raises InvalidRequestError, ContextLengthExceededError or QueueFullError when it is refused, and EngineError
+        when the engine is down; then nothing was submitted. `param` is the field to blame for the prompt's length.
+        """
+        self.check(len(prompt_token_ids), sampling, param=param)
+        request_id = request_id or f"req-{next(self._ids)}"
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
+        stream = TokenStream(self, request_id)
+        self._driver.post(
+            SubmitRequest(
+                request_id=request_id,
+                prompt_token_ids=tuple(prompt_token_ids),
+                sampling=sampling,
+                agent_id=agent_id,
+                session_id=session_id,
+                priority=priority,
+                cache_salt=cache_salt,
+            )
+        )
+        self._streams[request_id] = stream
+        self._waiting.add(request_id)
+        return stream
+
+    def dispatch(self, events: Sequence[EngineEvent]) -> None:
+        """Delivers the events of one or more steps to their streams. Called on the event loop."""
+        for event in events:
+            if isinstance(event, TokenGenerated):
+                self._deliver(event.request_id, sample=event.sample)
+            elif isinstance(event, PrefillProgress):
+                progress = StreamProgress(event.num_computed_tokens, event.num_total_tokens)
+                self._deliver(event.request_id, progress=progress)
+            elif isinstance(event, RequestAdmitted):
+                self._waiting.discard(event.request_id)
+            elif isinstance(event, RequestFinished):
+                end = StreamEnd(event.reason, event.stats, event.error)
+                self._deliver(event.request_id, end=end)
+                self._forget(event.request_id)
+
+    def fail_all(self, message: str) -> None:
+        """Ends every stream with an error: the engine thread has died. Called on the event loop."""
+        stats = RequestStats(0, 0, 0, 0, "", 0, None, None, None)
+        for request_id in list(self._streams):
+            self._deliver(request_id, end=StreamEnd(FinishReason.ERROR, stats, message))
+            self._forget(request_id)
+
+    def _deliver(
+        self,
+        request_id: str,
+        *,
+        sample: TokenSample | None = None,
+        progress: StreamProgress | None = None,
+        end: StreamEnd | None = None,
+    ) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:  # nobody listens any more; the cancel is on its way
+            return
+        mailbox = stream._mailbox
+        if sample is not None:
+            mailbox.samples.append(sample)
+        if progress is not None:
+            mailbox.progress = progress
+        if end is not None:
+            mailbox.end = end
+        mailbox.filled.set()
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        if request_id in self._streams:
+            try:
+                self._driver.post(EndRequest(request_id, reason))
+            except EngineError:
+                # The engine is down, so the request is over; `fail_all` tells its stream.
+                return
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._waiting.discard(request_id)
