@@ -107,6 +107,8 @@ class Request:
     session_id: str | None = None
     priority: int = 0
     """Lower goes first (vLLM's meaning)."""
+    cache_salt: str | None = None
+    """Prefixes are shared only between requests of the same salt."""
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(default_factory=list)
@@ -121,6 +123,8 @@ class Request:
     """Tokens to compute before the next one is sampled: prompt, plus output so far after a preemption."""
     in_flight: bool = False
     num_preemptions: int = 0
+    first_work_class: WorkClass | None = None
+    """What it was when it was admitted first; for statistics."""
     finish_after_flight: FinishReason | None = None
     """Set when it was cancelled while a batch with it was in flight: its blocks may still be written to."""
     first_scheduled_ns: int | None = None

@@ -1,0 +1,290 @@
+"""Options: one table, four sources. Command line > environment > TOML file > default.
+
+`ServeConfig` is the table of `agentserve serve`: the command line, the environment variables `AGENTSERVE_*` and the
+keys of the configuration file are all derived from its fields, and each value remembers where it came from.
+`EngineConfig` is what the control plane is built with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from agentserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Constants of the control plane. Raises ConfigError for what cannot work."""
+
+    num_blocks: int
+    max_model_len: int
+    block_size: int = 16
+    max_num_seqs: int = 16
+    prefill_chunk: int = 256
+    """Prompt tokens in one batch of the prefill lane: how far away a batch boundary can be."""
+    resume_budget: int = 64
+    """Resume-prefill tokens that may join one batch of the decode lane while decodes are running."""
+    resume_max_steps: int = 4
+    """A resume that needs more than this many budgets goes to the prefill lane."""
+    resume_min_cached_tokens: int = 64
+    """A cached prefix shorter than this is not worth the name: the prefill counts as cold."""
+    decode_share: float = 0.5
+    """Share of the device that the static controller gives to decode while both lanes are busy."""
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_blocks",
+            "max_model_len",
+            "block_size",
+            "max_num_seqs",
+            "prefill_chunk",
+            "resume_budget",
+            "resume_max_steps",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_model_len < 2:
+            raise ConfigError("max_model_len must be at least 2: a prompt token and an output token")
+        if self.resume_min_cached_tokens < 0:
+            raise ConfigError("resume_min_cached_tokens must not be negative")
+        if not 0.0 < self.decode_share < 1.0:
+            raise ConfigError(f"decode_share must lie between 0 and 1, not {self.decode_share}")
+        if self.num_blocks * self.block_size < self.max_model_len:
+            # A request alone on the device must always fit, or it could never finish.
+            raise ConfigError(
+                f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than the window of "
+                f"{self.max_model_len}; give it more memory or choose a smaller --max-model-len"
+            )
+
+
+# ---- parsers of values ----
+
+
+def positive_int(text: str) -> int:
+    value = _int(text)
+    if value < 1:
+        raise ConfigError(f"must be a positive number, not {text!r}")
+    return value
+
+
+def port_number(text: str) -> int:
+    value = _int(text)
+    if not 0 <= value <= 65535:
+        raise ConfigError(f"must be a port from 0 to 65535, not {text!r}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    value = _int(text)
+    if value < 0:
+        raise ConfigError(f"must not be negative, but is {text!r}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ConfigError(f"must be a number, not {text!r}") from None
+    if not 0.0 < value < float("inf"):
+        raise ConfigError(f"must be a positive number, not {text!r}")
+    return value
+
+
+def share(text: str) -> float:
+    value = positive_float(text)
+    if value >= 1.0:
+        raise ConfigError(f"must lie between 0 and 1, not {text!r}")
+    return value
+
+
+def boolean(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in {"1", "true", "yes", "on"}:
+        return True
+    if lowered in {"0", "false", "no", "off"}:
+        return False
+    raise ConfigError(f"must be true or false, not {text!r}")
+
+
+def names(text: str) -> tuple[str, ...]:
+    """A list separated by commas."""
+    return tuple(part for part in (piece.strip() for piece in text.split(",")) if part)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+
+
+def size_bytes(text: str) -> int:
+    """`2GiB`, `512M`, `1.5g` or plain bytes; K, M, G and T are powers of 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ConfigError(f"must be a size such as 2GiB or 512MiB, not {text!r}")
+    value = int(float(match[1]) * 1024 ** " kmgt".index(match[2].lower() or " "))
+    if value < 1:
+        raise ConfigError(f"must be a positive size, not {text!r}")
+    return value
+
+
+def choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ConfigError(f"must be one of {', '.join(allowed)}, not {text!r}")
+        return text
+
+    return parse
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"must be a whole number, not {text!r}") from None
+
+
+# ---- the table of `agentserve serve` ----
+
+
+def _option(
+    default: Any, parse: Callable[[str], Any], help_text: str, *, flags: tuple[str, ...] = (), section: str
+) -> Any:
+    metadata = {"parse": parse, "help": help_text, "flags": flags, "section": section}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Every option of `agentserve serve`. None means: chosen at start-up from the model and the machine."""
+
+    model: str | None = _option(
+        None, str, "alias, directory, GGUF file or cached hub id; without it the largest default that fits",
+        section="model",
+    )  # fmt: skip
+    load_format: str = _option("auto", choice("auto", "dummy"), "dummy: random weights, for measuring", section="model")
+    dtype: str = _option(
+        "auto", choice("auto", "float32", "bfloat16", "float16"), "data type of weights and KV", section="model"
+    )
+    served_model_name: str | None = _option(None, str, "model name in the API", section="model")
+    alias: tuple[str, ...] = _option((), names, "further model names, separated by commas", section="model")
+    accept_any_model: bool = _option(
+        False, boolean, "answer requests for any model name with the served model", section="model"
+    )
+    max_model_len: int | None = _option(
+        None, positive_int, "window in tokens, prompt and output together", flags=("-c", "--ctx-size"),
+        section="model",
+    )  # fmt: skip
+    executor: str = _option(
+        "auto", choice("auto", "cpu", "cuda", "simulated"), "what computes; auto takes the best that works here",
+        section="device",
+    )  # fmt: skip
+    gpu: str = _option("rtx-5090", str, "GPU whose timing the simulated executor has", section="device")
+    host: str = _option("127.0.0.1", str, "address to listen on", section="network")
+    port: int = _option(8177, port_number, "port to listen on; 0 takes a free one", section="network")
+    api_key: str | None = _option(None, str, "key that clients must send", section="network")
+    insecure: bool = _option(False, boolean, "listen beyond loopback without a key", section="network")
+    max_body_size: int = _option(32 << 20, size_bytes, "largest request body", section="network")
+    sse_ping_interval: float = _option(
+        5.0, positive_float, "seconds of silence after which a stream gets a keep-alive", section="network"
+    )
+    drain_timeout: float = _option(
+        30.0, positive_float, "seconds that running requests get at shutdown", section="network"
+    )
+    max_num_seqs: int = _option(
+        16, positive_int, "requests that run at once", flags=("-np", "--parallel"), section="scheduler"
+    )
+    max_num_queued_reqs: int = _option(512, positive_int, "requests that may wait", section="scheduler")
+    prefill_chunk: int = _option(
+        256, positive_int, "prompt tokens in one batch of the prefill lane", section="scheduler"
+    )
+    resume_budget: int = _option(
+        64, positive_int, "resume-prefill tokens that may join one decode step", section="scheduler"
+    )
+    decode_share: float = _option(
+        0.5, share, "share of the device for decode while both lanes are busy", section="scheduler"
+    )
+    block_size: int = _option(16, positive_int, "tokens in a KV block", section="cache")
+    kv_cache_memory: int | None = _option(None, size_bytes, "memory for the KV cache, such as 2GiB", section="cache")
+    prefix_caching: bool = _option(True, boolean, "reuse the KV of shared prefixes", section="cache")
+    seed: int = _option(0, non_negative_int, "seed of dummy weights", section="model")
+    record: str | None = _option(None, str, "write the input log of the control plane to FILE", section="logging")
+    log_level: str = _option("info", choice("debug", "info", "warning", "error"), "how much to log", section="logging")
+
+    def with_values(self, **values: Any) -> ServeConfig:
+        return dataclasses.replace(self, **values)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration and where each of its values came from."""
+
+    config: ServeConfig
+    sources: Mapping[str, str]
+
+
+def env_name(option: str) -> str:
+    return "AGENTSERVE_" + option.upper()
+
+
+def resolve(
+    cli: Mapping[str, str], env: Mapping[str, str], file: Mapping[str, Any], file_name: str = "file"
+) -> Resolved:
+    """Merges the sources.
+
+    Args:
+        cli: option name to text, only those that were given.
+        env: the process environment; `AGENTSERVE_*` variables that are no option are errors.
+        file: parsed TOML: one table a section, keys as the command line spells them.
+        file_name: for error messages.
+
+    Raises ConfigError that names the option and its source.
+    """
+    options = {f.name: f for f in dataclasses.fields(ServeConfig)}
+    from_file = _flatten(file, options, file_name)
+    known = {env_name(name) for name in options} | {"AGENTSERVE_CONFIG"}
+    for variable in sorted(env):
+        if variable.startswith("AGENTSERVE_") and variable not in known:
+            raise ConfigError(f"environment variable {variable} is no option of agentserve")
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name, option in options.items():
+        if name in cli:
+            text, source = cli[name], "--" + name.replace("_", "-")
+        elif env_name(name) in env:
+            text, source = env[env_name(name)], env_name(name)
+        elif name in from_file:
+            text, source = from_file[name], f"{file_name}: {option.metadata['section']}.{name}"
+        else:
+            sources[name] = "default"
+            continue
+        try:
+            values[name] = option.metadata["parse"](text)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        sources[name] = source
+    return Resolved(ServeConfig(**values), sources)
+
+
+def _flatten(file: Mapping[str, Any], options: Mapping[str, dataclasses.Field[Any]], file_name: str) -> dict[str, str]:
+    flat: dict[str, str] = {}
+    sections = sorted({option.metadata["section"] for option in options.values()})
+    for section, table in file.items():
+        if section not in sections or not isinstance(table, Mapping):
+            raise ConfigError(f"{file_name}: unknown section [{section}]; there are {', '.join(sections)}")
+        for key, value in table.items():
+            name = key.replace("-", "_")
+            if name not in options or options[name].metadata["section"] != section:
+                raise ConfigError(f"{file_name}: [{section}] has no option {key!r}")
+            if isinstance(value, list):
+                flat[name] = ",".join(str(item) for item in value)
+            elif isinstance(value, bool):
+                flat[name] = "true" if value else "false"
+            elif isinstance(value, (str, int, float)):
+                flat[name] = str(value)
+            else:
+                raise ConfigError(f"{file_name}: {section}.{key} must be a string, a number, a boolean or a list")
+    return flat

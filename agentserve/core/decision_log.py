@@ -1,0 +1,54 @@
+"""What the control plane decided, as text: for golden tests, replay and reading."""
+
+from __future__ import annotations
+
+from agentserve.core.batch import ScheduledChunk
+from agentserve.core.engine import StepResult
+from agentserve.core.events import (
+    BatchScheduled,
+    EngineEvent,
+    PrefillProgress,
+    RequestAdmitted,
+    RequestFinished,
+    RequestPreempted,
+    TokenGenerated,
+)
+
+
+def describe(result: StepResult) -> list[str]:
+    """One line an event, in order. Equal lines mean equal decisions, down to the blocks."""
+    return [_line(event) for event in result.events]
+
+
+def _line(event: EngineEvent) -> str:
+    match event:
+        case BatchScheduled(_, batch):
+            chunks = " ".join(_chunk(chunk) for chunk in batch.chunks)
+            ended = f" ended={','.join(batch.ended_request_ids)}" if batch.ended_request_ids else ""
+            return f"batch {batch.batch_id} {batch.lane} {batch.partition.label} [{chunks}]{ended}"
+        case RequestAdmitted(request_id, _, total, cached):
+            return f"admit {request_id} cached={cached}/{total}"
+        case PrefillProgress(request_id, _, computed, total):
+            return f"prefill {request_id} {computed}/{total}"
+        case TokenGenerated(request_id, _, sample, index):
+            return f"token {request_id} #{index}={sample.token_id}"
+        case RequestPreempted(request_id, _):
+            return f"preempt {request_id}"
+        case RequestFinished(request_id, _, reason, stats, _):
+            return f"finish {request_id} {reason} prompt={stats.num_prompt_tokens} output={stats.num_output_tokens}"
+
+
+def _chunk(chunk: ScheduledChunk) -> str:
+    return f"{chunk.request_id}:{chunk.work_class}@{chunk.start}+{chunk.num_tokens}/{_runs(chunk.block_ids)}"
+
+
+def _runs(block_ids: tuple[int, ...]) -> str:
+    """Block ids as runs: `(3, 4, 5, 9)` is `3-5,9`."""
+    runs: list[str] = []
+    first = previous = block_ids[0]
+    for block_id in (*block_ids[1:], -1):
+        if block_id != previous + 1:
+            runs.append(str(first) if first == previous else f"{first}-{previous}")
+            first = block_id
+        previous = block_id
+    return ",".join(runs)

@@ -1,0 +1,39 @@
+"""Requests in the order in which they are served."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+
+from agentserve.core.request import Request
+
+
+def rank(request: Request) -> tuple[int, int]:
+    """Smaller goes first: priority, then arrival. A preempted request has its old rank, so it is next again."""
+    return (request.priority, request.sequence)
+
+
+class RankedQueue:
+    """Requests by rank. Iteration goes from the first to the last; do not change it while iterating."""
+
+    def __init__(self) -> None:
+        self._requests: list[Request] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._requests)
+
+    def __reversed__(self) -> Iterator[Request]:
+        return reversed(self._requests)
+
+    def add(self, request: Request) -> None:
+        bisect.insort(self._requests, request, key=rank)
+
+    def remove(self, request: Request) -> None:
+        """Raises ValueError if it is not in the queue."""
+        index = bisect.bisect_left(self._requests, rank(request), key=rank)
+        if index == len(self._requests) or self._requests[index] is not request:
+            raise ValueError(f"request {request.request_id} is not queued")
+        del self._requests[index]

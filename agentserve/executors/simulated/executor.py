@@ -1,0 +1,109 @@
+"""An executor without hardware: durations from the cost model, synthetic tokens.
+
+On a virtual clock it simulates a device; on the real clock it lets the daemon and its clients run with no hardware.
+It never pretends: `Capabilities.simulated` is set, and the daemon says so everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk, TokenSample
+from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.executor import Capabilities
+
+_MASK = (1 << 64) - 1
+_MIN_OUTPUT, _MAX_OUTPUT = 27, 141  # output lengths of agent turns (AgentServe, Table I: 21 to 141 over its models)
+
+
+def _mix(value: int) -> int:
+    """SplitMix64's finalizer: neighbouring inputs give unrelated outputs, the same on every machine."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+class SimulatedExecutor:
+    """Implements `core.executor.Executor`."""
+
+    def __init__(self, cost_model: CostModel, *, num_blocks: int, block_size: int, vocabulary: Sequence[int]) -> None:
+        """`vocabulary`: the token ids that outputs are made of, cycled through; at least one."""
+        if not vocabulary:
+            raise ValueError("the vocabulary is empty")
+        self._cost_model = cost_model
+        self._vocabulary = tuple(vocabulary)
+        device = cost_model.device
+        self._capabilities = Capabilities(
+            name="simulated",
+            device=f"simulated timing of {device.description}",
+            compute_units=device.compute_units,
+            unit_granularity=device.unit_granularity,
+            min_units=device.min_units,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            simulated=True,
+        )
+        self._in_flight: dict[Lane, BatchOutput] = {}
+        self._closed = False
+
+    def capabilities(self) -> Capabilities:
+        return self._capabilities
+
+    def submit(self, batch: Batch, now_ns: int) -> None:
+        if self._closed:
+            raise RuntimeError("the executor is closed")
+        if batch.lane in self._in_flight:
+            raise RuntimeError(f"the {batch.lane} lane is full")
+        units = batch.partition.units(batch.lane)
+        duration_ns = self._cost_model.duration_ns(BatchShape.of(batch), units, batch.co_running)
+        error = self._check_blocks(batch)
+        samples = () if error else tuple(self._samples(batch))
+        self._in_flight[batch.lane] = BatchOutput(
+            batch.batch_id, batch.lane, now_ns, now_ns + duration_ns, samples, error
+        )
+
+    def poll(self, now_ns: int) -> list[BatchOutput]:
+        done = [output for output in self._in_flight.values() if output.finished_ns <= now_ns]
+        for output in done:
+            del self._in_flight[output.lane]
+        return sorted(done, key=lambda output: (output.finished_ns, output.batch_id))
+
+    def next_completion_ns(self) -> int | None:
+        return min((output.finished_ns for output in self._in_flight.values()), default=None)
+
+    def on_completion(self, wake: Callable[[], None]) -> None:
+        """Never calls `wake`: every completion is known beforehand through `next_completion_ns`."""
+
+    def close(self) -> None:
+        self._closed = True
+        self._in_flight.clear()
+
+    def _check_blocks(self, batch: Batch) -> str | None:
+        for chunk in batch.chunks:
+            if any(not 0 <= block < self._capabilities.num_blocks for block in chunk.block_ids):
+                return f"request {chunk.request_id} has a block id outside the pool"
+        return None
+
+    def _samples(self, batch: Batch) -> list[TokenSample]:
+        return [self._sample(chunk, chunk.sample) for chunk in batch.chunks if chunk.sample is not None]
+
+    def _sample(self, chunk: ScheduledChunk, spec: SampleSpec) -> TokenSample:
+        """A token that depends on the seed and its index only, and the end of the output after a drawn length."""
+        params = spec.params
+        length = _MIN_OUTPUT + _mix(params.seed) % (_MAX_OUTPUT - _MIN_OUTPUT + 1)
+        if spec.output_index >= max(length, params.min_tokens) and params.stop_token_ids:
+            token_id = params.stop_token_ids[0]
+        else:
+            token_id = self._token(params.seed, spec.output_index)
+        if params.logprobs is None:
+            return TokenSample(chunk.request_id, token_id)
+        # A made-up distribution: each candidate half as likely as the one before it.
+        candidates = [token_id] + [t for t in self._vocabulary if t != token_id]
+        top = tuple((t, -(i + 1) * math.log(2)) for i, t in enumerate(candidates[: params.logprobs]))
+        return TokenSample(chunk.request_id, token_id, -math.log(2), top)
+
+    def _token(self, seed: int, index: int) -> int:
+        """Output texts start at different places of the vocabulary and then follow it."""
+        return self._vocabulary[(_mix(seed) + index) % len(self._vocabulary)]

@@ -1,0 +1,162 @@
+"""Drives an engine core on the real clock, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from agentserve.core.batch import BatchOutput
+from agentserve.core.clock import Clock
+from agentserve.core.engine import EngineCore, StepResult
+from agentserve.core.events import Command, EngineEvent
+from agentserve.core.executor import Executor
+from agentserve.core.stats import EngineStats
+from agentserve.errors import EngineError
+from agentserve.runtime.recording import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+class MonotonicClock:
+    """The machine's monotonic clock."""
+
+    def now_ns(self) -> int:
+        return time.monotonic_ns()
+
+
+class LiveDriver:
+    """The engine thread: waits for commands and completions, steps the core, hands batches to the executor.
+
+    `post`, `stats` and `stop` may be called from any thread. `on_events` and `on_failure` are called on the engine
+    thread and must return at once.
+    """
+
+    def __init__(
+        self,
+        core: EngineCore,
+        executor: Executor,
+        clock: Clock,
+        *,
+        on_events: Callable[[Sequence[EngineEvent]], None],
+        on_failure: Callable[[str], None],
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._core = core
+        self._executor = executor
+        self._clock = clock
+        self._on_events = on_events
+        self._on_failure = on_failure
+        self._recorder = recorder
+        self._commands: deque[Command] = deque()
+        self._changed = threading.Condition()
+        self._woken = False
+        self._stopping = False
+        self._failure: str | None = None
+        self._stats = core.stats()
+        self._thread = threading.Thread(target=self._run, name="agentserve-engine", daemon=True)
+        executor.on_completion(self._wake)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine died, or None while it is well."""
+        return self._failure
+
+    def post(self, command: Command) -> None:
+        """Hands a command to the engine; returns at once. Raises EngineError when the engine is down."""
+        with self._changed:
+            if self._stopping or self._failure is not None:
+                raise EngineError(self._failure or "the engine is shutting down")
+            self._commands.append(command)
+            self._woken = True
+            self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        """The counters after the latest step."""
+        return self._stats
+
+    def stop(self) -> None:
+        """Stops the thread, then closes the executor. Requests that still run are abandoned: end them first."""
+        with self._changed:
+            self._stopping = True
+            self._woken = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._executor.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._step()
+        except Exception as error:
+            logger.exception("the engine failed")
+            message = f"the engine failed: {type(error).__name__}: {error}"
+            with self._changed:
+                self._failure = message
+            self._on_failure(message)
+
+    def _wait(self) -> bool:
+        """Blocks until there is something to do; False when the driver was stopped."""
+        with self._changed:
+            while not self._stopping:
+                due_ns = self._due_ns()
+                now_ns = self._clock.now_ns()
+                if self._woken or (due_ns is not None and due_ns <= now_ns):
+                    break
+                self._changed.wait(None if due_ns is None else (due_ns - now_ns) / 1e9)
+            self._woken = False
+            return not self._stopping
+
+    def _due_ns(self) -> int | None:
+        dues = (self._executor.next_completion_ns(), self._core.next_deadline_ns())
+        return min((due for due in dues if due is not None), default=None)
+
+    def _step(self) -> None:
+        with self._changed:
+            commands = list(self._commands)
+            self._commands.clear()
+        now_ns = self._clock.now_ns()
+        completions: list[BatchOutput] = self._executor.poll(now_ns)
+        if not completions and not commands and not self._timer_due(now_ns):
+            return
+        result = self._core.step(now_ns, completions, commands)
+        for batch in result.batches:
+            self._executor.submit(batch, self._clock.now_ns())
+        self._stats = self._core.stats()
+        if result.events:
+            self._on_events(result.events)
+        self._record(now_ns, completions, commands, result)
+
+    def _timer_due(self, now_ns: int) -> bool:
+        deadline_ns = self._core.next_deadline_ns()
+        return deadline_ns is not None and deadline_ns <= now_ns
+
+    def _record(
+        self,
+        now_ns: int,
+        completions: Sequence[BatchOutput],
+        commands: Sequence[Command],
+        result: StepResult,
+    ) -> None:
+        """Last in a step: batches are running by now, so writing costs no device time."""
+        if self._recorder is None:
+            return
+        try:
+            self._recorder.write(now_ns, completions, commands, result)
+        except OSError as error:
+            # A full disk must not end anybody's request. The recording is cut off here and says so when it is read.
+            logger.error("recording stopped: %s", error)
+            self._recorder = None

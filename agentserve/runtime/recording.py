@@ -1,0 +1,167 @@
+"""The input log of a control plane, as JSON lines, and what it decided.
+
+Line 1 is a header: format version, engine configuration, partition table, controller. Each further line is one step:
+`now`, `completions`, `commands` and the decisions as `core.decision_log` writes them. The file holds the prompts as
+token ids, so it is created readable by its owner only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from agentserve.config import EngineConfig
+from agentserve.core.batch import BatchOutput, Lane, TokenSample
+from agentserve.core.decision_log import describe
+from agentserve.core.engine import StepResult
+from agentserve.core.events import Command, EndRequest, SubmitRequest
+from agentserve.core.request import FinishReason, SamplingParams
+from agentserve.errors import AgentServeError, ConfigError, RecordingError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a core must be built with to make the same decisions."""
+
+    config: EngineConfig
+    compute_units: int
+    unit_granularity: int
+    min_units: int
+    model: str
+    executor: str
+    version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedStep:
+    """One call of `EngineCore.step` and its decisions."""
+
+    now_ns: int
+    completions: tuple[BatchOutput, ...]
+    commands: tuple[Command, ...]
+    decisions: tuple[str, ...]
+
+
+class Recorder:
+    """Writes a recording. One thread."""
+
+    def __init__(self, path: Path, header: Header) -> None:
+        """Raises ConfigError if the file exists already or cannot be written."""
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise ConfigError(f"cannot record to {path}: {error.strerror}") from None
+        self._file: TextIO = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._write(dataclasses.asdict(header))
+
+    def write(
+        self,
+        now_ns: int,
+        completions: Sequence[BatchOutput],
+        commands: Sequence[Command],
+        result: StepResult,
+    ) -> None:
+        self._write(
+            {
+                "now": now_ns,
+                "completions": [dataclasses.asdict(output) for output in completions],
+                "commands": [_command_to_json(command) for command in commands],
+                "decisions": describe(result),
+            }
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, value: dict[str, Any]) -> None:
+        json.dump(value, self._file, separators=(",", ":"))
+        self._file.write("\n")
+        # What is lost when the daemon is killed is at most the step at which it happened.
+        self._file.flush()
+
+
+class Recording:
+    """Reads a recording.
+
+    Raises RecordingError, with the line, for a file that is missing, malformed or of another version. A last line that
+    is cut off (the daemon was killed) is reported by `truncated` after iteration and is otherwise ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.truncated = False
+        try:
+            with path.open(encoding="utf-8") as file:
+                first = file.readline()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordingError(f"cannot read {path}: {error}") from None
+        self.header = self._header(first)
+
+    def _header(self, line: str) -> Header:
+        try:
+            fields = json.loads(line)
+            version = fields["version"]
+            if version == FORMAT_VERSION:
+                return Header(**{**fields, "config": EngineConfig(**fields["config"])})
+        except (ValueError, KeyError, TypeError, AgentServeError) as error:
+            raise RecordingError(f"{self._path}:1: not the header of a recording: {error}") from None
+        raise RecordingError(f"{self._path}: format version {version}, but this is version {FORMAT_VERSION}")
+
+    def steps(self) -> Iterator[RecordedStep]:
+        with self._path.open(encoding="utf-8") as file:
+            next(file)
+            for number, line in enumerate(file, start=2):
+                if not line.endswith("\n"):
+                    self.truncated = True
+                    return
+                yield self._step(number, line)
+
+    def _step(self, number: int, line: str) -> RecordedStep:
+        try:
+            value = json.loads(line)
+            return RecordedStep(
+                now_ns=value["now"],
+                completions=tuple(_output_from_json(output) for output in value["completions"]),
+                commands=tuple(_command_from_json(command) for command in value["commands"]),
+                decisions=tuple(value["decisions"]),
+            )
+        except (ValueError, KeyError, TypeError, AgentServeError) as error:
+            raise RecordingError(f"{self._path}:{number}: not a step of a recording: {error!r}") from None
+
+
+def _command_to_json(command: Command) -> dict[str, Any]:
+    return {"type": type(command).__name__, **dataclasses.asdict(command)}
+
+
+def _command_from_json(value: dict[str, Any]) -> Command:
+    fields = dict(value)
+    kind = fields.pop("type")
+    if kind == "EndRequest":
+        return EndRequest(fields["request_id"], FinishReason(fields["reason"]))
+    if kind != "SubmitRequest":
+        raise ValueError(f"unknown command {kind!r}")
+    sampling = dict(fields.pop("sampling"))
+    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
+    sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling["logit_bias"])
+    fields["prompt_token_ids"] = tuple(fields["prompt_token_ids"])
+    return SubmitRequest(**fields, sampling=SamplingParams(**sampling))
+
+
+def _output_from_json(value: dict[str, Any]) -> BatchOutput:
+    samples = tuple(
+        TokenSample(
+            sample["request_id"],
+            sample["token_id"],
+            sample["logprob"],
+            tuple((token, logprob) for token, logprob in sample["top_logprobs"]),
+        )
+        for sample in value["samples"]
+    )
+    return BatchOutput(**{**value, "lane": Lane(value["lane"]), "samples": samples})

@@ -1,0 +1,68 @@
+"""Who asks? Agents name their session in many ways; the first one that is there wins.
+
+An API key is never used: all agents of a machine may share one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from agentserve.server.types import Identity
+
+_MAX_LENGTH = 256
+_SESSION_IN_USER_ID = re.compile(r"session_([0-9A-Za-z-]{8,})$")
+_EARLY_HEADERS = ("X-Claude-Code-Session-Id",)
+# `X-Client-Request-Id` comes last of the headers: some clients change it with every request.
+_LATE_HEADERS = ("Session-Id", "Session_id", "X-Session-ID", "X-Session-Affinity", "X-Client-Request-Id")
+
+
+def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
+    """Reads session and agent from the headers (case-insensitive mapping) and the body; None where nothing is said."""
+    user_id = _user_id(body)
+    session_id = (
+        _first(headers, _EARLY_HEADERS)
+        or _session_in(user_id)
+        or _first(headers, _LATE_HEADERS)
+        or _first(body, ("session_id", "prompt_cache_key", "conversation"))
+        or _clean(user_id)
+        or _first(body, ("user",))
+    )
+    return Identity(session_id=session_id, agent_id=_first(headers, ("X-Agent-Id",)) or _first(body, ("agent_id",)))
+
+
+def _user_id(body: Mapping[str, Any]) -> str | None:
+    metadata = body.get("metadata")
+    user_id = metadata.get("user_id") if isinstance(metadata, Mapping) else None
+    return user_id if isinstance(user_id, str) else None
+
+
+def _session_in(user_id: str | None) -> str | None:
+    """The session inside a `user_id`: JSON with `session_id`, or a name that ends in `session_<id>`."""
+    if user_id is None:
+        return None
+    if user_id.startswith("{"):
+        try:
+            fields = json.loads(user_id)
+        except (ValueError, RecursionError):
+            return None
+        return _first(fields, ("session_id",))
+    match = _SESSION_IN_USER_ID.search(user_id)
+    return _clean(match.group(1)) if match else None
+
+
+def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    for name in names:
+        value = _clean(fields.get(name))
+        if value is not None:
+            return value
+    return None
+
+
+def _clean(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    printable = "".join(char for char in value[:_MAX_LENGTH] if char.isprintable())
+    return printable.strip() or None

@@ -1,0 +1,178 @@
+"""The dialect of `/v1/chat/completions`: a pure parser and a per-stream encoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from agentserve.errors import InvalidRequestError
+from agentserve.server.body import validate
+from agentserve.server.openai_common import (
+    ChoiceResult,
+    JsonObject,
+    ParsedCall,
+    ReplyHeader,
+    StreamUsage,
+    encode_usage,
+    parse_call_options,
+    parse_sampling,
+)
+from agentserve.server.openai_schema import ChatBody, ChatMessage, refuse_unsupported
+from agentserve.server.types import (
+    ChatPrompt,
+    ChoiceFinished,
+    Finished,
+    GenerateRequest,
+    GenerationEvent,
+    Identity,
+    TextDelta,
+    TokenLogprob,
+    Usage,
+)
+
+
+def parse_chat_request(body: JsonObject, identity: Identity) -> ParsedCall:
+    """Raises InvalidRequestError, or UnsupportedParameterError for what must not be ignored."""
+    chat = validate(ChatBody, body)
+    refuse_unsupported(chat)
+    if chat.top_logprobs is not None and not chat.logprobs:
+        raise InvalidRequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
+    stream, include_usage, continuous_usage = parse_call_options(chat)
+    generate = GenerateRequest(
+        prompts=(ChatPrompt(tuple(_parse_message(message, index) for index, message in enumerate(chat.messages))),),
+        prompt_param="messages",
+        sampling=parse_sampling(
+            chat,
+            max_tokens=chat.max_tokens if chat.max_completion_tokens is None else chat.max_completion_tokens,
+            logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        ),
+        num_choices=chat.n or 1,
+        identity=identity,
+        priority=chat.priority or 0,
+        cache_salt=chat.cache_salt,
+    )
+    return ParsedCall(generate, chat.model, stream, include_usage, continuous_usage)
+
+
+def _parse_message(message: ChatMessage, index: int) -> Mapping[str, Any]:
+    """A message as chat templates expect it: content is one string, arguments of tool calls are objects."""
+    param = f"messages[{index}]"
+    may_be_null = message.role == "assistant"
+    parsed: dict[str, Any] = {"role": message.role, "content": _parse_content(message.content, param, may_be_null)}
+    if message.name is not None:
+        parsed["name"] = message.name
+    if message.role == "tool" and message.tool_call_id is not None:
+        parsed["tool_call_id"] = message.tool_call_id
+    if message.role == "assistant":
+        if message.tool_calls:
+            parsed["tool_calls"] = [_parse_tool_call(call, f"{param}.tool_calls") for call in message.tool_calls]
+        if message.reasoning_content:
+            parsed["reasoning_content"] = message.reasoning_content
+    return parsed
+
+
+def _parse_content(content: Any, param: str, may_be_null: bool) -> str:
+    param += ".content"
+    if isinstance(content, str):
+        return content
+    if content is None and may_be_null:
+        return ""
+    if not isinstance(content, list):
+        raise InvalidRequestError(f"{param}: must be a string or a list of content parts", param=param)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else part
+        if kind not in ("text", "refusal", None) or not isinstance(text, str):
+            shown = f" (type {kind[:32]!r})" if isinstance(kind, str) else ""
+            raise InvalidRequestError(
+                f"{param}[{index}]: only text parts are supported{shown}", param=f"{param}[{index}]"
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _parse_tool_call(call: Mapping[str, Any], param: str) -> Mapping[str, Any]:
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequestError(f"{param}: a call needs function.name", param=param)
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, str):
+        arguments = _parse_arguments(arguments)
+    return {
+        "id": str(call.get("id") or ""),
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments},
+    }
+
+
+def _parse_arguments(arguments: str) -> Any:
+    """An object if it is one. History may hold calls that were cut or malformed; they are shown as they were."""
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+class ChatEncoder:
+    """Encodes one answer of `/v1/chat/completions`."""
+
+    def __init__(self, header: ReplyHeader, call: ParsedCall, num_prompt_tokens: int) -> None:
+        self._header = header
+        self._num_choices = len(call.generate.prompts) * call.generate.num_choices
+        self._with_logprobs = call.generate.sampling.logprobs is not None
+        self._usage = StreamUsage(num_prompt_tokens, call.include_usage, call.continuous_usage, {})
+
+    def open(self) -> Iterable[JsonObject]:
+        for choice in range(self._num_choices):
+            yield self._chunk(choice, {"role": "assistant", "content": ""}, None) | self._usage.fields()
+
+    def encode(self, event: GenerationEvent) -> Iterable[JsonObject]:
+        if isinstance(event, TextDelta):
+            chunk = self._chunk(event.choice, {"content": event.text}, None, event.logprobs)
+            yield chunk | self._usage.fields(event.choice, event.num_output_tokens)
+        elif isinstance(event, ChoiceFinished):
+            chunk = self._chunk(event.choice, {}, event.reason.value)
+            yield chunk | self._usage.fields(event.choice, event.num_output_tokens)
+        elif isinstance(event, Finished) and self._usage.include:
+            yield self._object("chat.completion.chunk", [], usage=encode_usage(event.usage))
+
+    def whole(self, choices: Sequence[ChoiceResult], usage: Usage) -> JsonObject:
+        encoded = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": {"content": _encode_logprobs(choice.logprobs)} if self._with_logprobs else None,
+                "finish_reason": choice.reason.value,
+            }
+            for index, choice in enumerate(choices)
+        ]
+        return self._object("chat.completion", encoded, usage=encode_usage(usage))
+
+    def _chunk(
+        self, choice: int, delta: JsonObject, reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()
+    ) -> JsonObject:
+        encoded = {"content": _encode_logprobs(logprobs)} if logprobs else None
+        entry = {"index": choice, "delta": delta, "logprobs": encoded, "finish_reason": reason}
+        return self._object("chat.completion.chunk", [entry])
+
+    def _object(self, kind: str, choices: list[JsonObject], **fields: Any) -> JsonObject:
+        header = self._header
+        return {
+            "id": header.id,
+            "object": kind,
+            "created": header.created,
+            "model": header.model,
+            "choices": choices,
+            **fields,
+        }
+
+
+def _encode_logprobs(logprobs: Sequence[TokenLogprob]) -> list[JsonObject]:
+    return [_encode_logprob(entry) | {"top_logprobs": [_encode_logprob(top) for top in entry.top]} for entry in logprobs]
+
+
+def _encode_logprob(entry: TokenLogprob) -> JsonObject:
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.data)}

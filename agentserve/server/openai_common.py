@@ -1,0 +1,139 @@
+"""What the two OpenAI dialects share: a parsed call, the sampling fields, usage, the interface of an encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agentserve.core.request import FinishReason
+from agentserve.errors import InvalidRequestError
+from agentserve.server.openai_schema import CommonBody
+from agentserve.server.types import GenerateRequest, GenerationEvent, SamplingRequest, TokenLogprob, Usage
+
+JsonObject = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedCall:
+    """A request and how its answer is to be sent."""
+
+    generate: GenerateRequest
+    model: str | None
+    """As the client wrote it; None if it did not say."""
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyHeader:
+    """What every object of one answer repeats."""
+
+    id: str
+    model: str
+    created: int
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceResult:
+    """A whole choice, for answers that are not streamed."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    reason: FinishReason
+
+
+class Encoder(Protocol):
+    """Turns the events of one generation into JSON objects of a dialect. Holds the state of one answer."""
+
+    def open(self) -> Iterable[JsonObject]:
+        """What is sent before the first event."""
+        ...
+
+    def encode(self, event: GenerationEvent) -> Iterable[JsonObject]: ...
+
+    def whole(self, choices: Sequence[ChoiceResult], usage: Usage) -> JsonObject:
+        """The answer when it is not streamed."""
+        ...
+
+
+def parse_call_options(body: CommonBody) -> tuple[bool, bool, bool]:
+    """`stream`, `include_usage` and `continuous_usage`. Raises InvalidRequestError for options without a stream."""
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise InvalidRequestError("stream_options: only allowed when stream is true", param="stream_options")
+    include = bool(options and options.include_usage)
+    return bool(body.stream), include, include and bool(options and options.continuous_usage_stats)
+
+
+def parse_sampling(body: CommonBody, *, max_tokens: int | None, logprobs: int | None) -> SamplingRequest:
+    """Reads the sampling fields; null means the default. Ranges are checked later, by `SamplingParams`."""
+    return SamplingRequest(
+        max_tokens=max_tokens,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        # Some clients write "off" as -1.
+        top_k=max(0, body.top_k) if body.top_k is not None and body.top_k >= -1 else _or(body.top_k, 0),
+        min_p=_or(body.min_p, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        seed=body.seed,
+        stop=tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        min_tokens=_or(body.min_tokens, 0),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        logit_bias=_parse_logit_bias(body.logit_bias or {}),
+    )
+
+
+def encode_usage(usage: Usage) -> JsonObject:
+    return {
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_output_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+    }
+
+
+@dataclass(slots=True)
+class StreamUsage:
+    """Usage inside a stream: a last chunk of its own, counts in every chunk, or both."""
+
+    num_prompt_tokens: int
+    include: bool
+    continuous: bool
+    num_output_tokens: dict[int, int]
+
+    def fields(self, choice: int | None = None, num_output_tokens: int = 0) -> JsonObject:
+        """What a chunk with choices says about usage: null if the counts come at the end, nothing if they do not."""
+        if choice is not None:
+            self.num_output_tokens[choice] = num_output_tokens
+        if not self.include:
+            return {}
+        if not self.continuous:
+            return {"usage": None}
+        num_output = sum(self.num_output_tokens.values())
+        return {
+            "usage": {
+                "prompt_tokens": self.num_prompt_tokens,
+                "completion_tokens": num_output,
+                "total_tokens": self.num_prompt_tokens + num_output,
+            }
+        }
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _parse_logit_bias(bias: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    parsed: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 9):
+            raise InvalidRequestError(f"logit_bias: {key[:32]!r} is not a token id", param="logit_bias")
+        parsed[int(key)] = value
+    return tuple(sorted(parsed.items()))
