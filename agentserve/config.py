@@ -153,7 +153,13 @@ def _int(text: str) -> int:
 def _option(
     default: Any, parse: Callable[[str], Any], help_text: str, *, flags: tuple[str, ...] = (), section: str
 ) -> Any:
-    metadata = {"parse": parse, "help": help_text, "flags": flags, "section": section}
+    metadata = {
+        "parse": parse,
+        "help": help_text,
+        "flags": flags,
+        "section": section,
+        "repeatable": parse is names,
+    }
     return field(default=default, metadata=metadata)
 
 

@@ -139,6 +139,27 @@ class TokenStream:
         self._client._end(self.request_id, reason)
 
 
+class EventBridge:
+    """Carries events from the engine thread to the event loop on which the client lives."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: EngineClient | None = None
+
+    def bind(self, client: EngineClient, loop: asyncio.AbstractEventLoop) -> None:
+        """Must be called before the engine starts."""
+        self._client = client
+        self._loop = loop
+
+    def on_events(self, events: Sequence[EngineEvent]) -> None:
+        assert self._loop is not None and self._client is not None
+        self._loop.call_soon_threadsafe(self._client.dispatch, events)
+
+    def on_failure(self, message: str) -> None:
+        assert self._loop is not None and self._client is not None
+        self._loop.call_soon_threadsafe(self._client.fail_all, message)
+
+
 class EngineClient:
     """The asyncio facade of an engine. All methods are for the event loop's thread."""
 

@@ -1,7 +1,7 @@
 """From errors to HTTP: one table, one shape.
 
-Every failure of an OpenAI route is `{"error": {"message", "type", "param", "code"}}`, which the SDKs turn into their own
-exceptions.
+Every failure of an OpenAI route is `{"error": {"message", "type", "param", "code"}}`, which the SDKs turn into
+exceptions of their own.
 """
 
 from __future__ import annotations

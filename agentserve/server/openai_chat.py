@@ -171,7 +171,9 @@ class ChatEncoder:
 
 
 def _encode_logprobs(logprobs: Sequence[TokenLogprob]) -> list[JsonObject]:
-    return [_encode_logprob(entry) | {"top_logprobs": [_encode_logprob(top) for top in entry.top]} for entry in logprobs]
+    return [
+        _encode_logprob(entry) | {"top_logprobs": [_encode_logprob(top) for top in entry.top]} for entry in logprobs
+    ]
 
 
 def _encode_logprob(entry: TokenLogprob) -> JsonObject:

@@ -68,14 +68,17 @@ def parse_call_options(body: CommonBody) -> tuple[bool, bool, bool]:
     return bool(body.stream), include, include and bool(options and options.continuous_usage_stats)
 
 
-def parse_sampling(body: CommonBody, *, max_tokens: int | None, logprobs: int | None) -> SamplingRequest:
+def parse_sampling(
+    body: CommonBody, *, max_tokens: int | None, logprobs: int | None, default_max_tokens: int | None = None
+) -> SamplingRequest:
     """Reads the sampling fields; null means the default. Ranges are checked later, by `SamplingParams`."""
     return SamplingRequest(
         max_tokens=max_tokens,
+        default_max_tokens=default_max_tokens,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
         # Some clients write "off" as -1.
-        top_k=max(0, body.top_k) if body.top_k is not None and body.top_k >= -1 else _or(body.top_k, 0),
+        top_k=0 if body.top_k in (None, -1) else body.top_k,
         min_p=_or(body.min_p, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),

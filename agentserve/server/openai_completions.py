@@ -55,7 +55,8 @@ def parse_completion_request(body: JsonObject, identity: Identity) -> ParsedCall
         prompt_param="prompt",
         sampling=parse_sampling(
             completion,
-            max_tokens=DEFAULT_MAX_TOKENS if completion.max_tokens is None else completion.max_tokens,
+            max_tokens=completion.max_tokens,
+            default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=completion.logprobs,
         ),
         num_choices=num_choices,
@@ -119,9 +120,7 @@ class CompletionEncoder:
             )
         return self._object(encoded, usage=encode_usage(usage))
 
-    def _chunk(
-        self, choice: int, text: str, reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()
-    ) -> JsonObject:
+    def _chunk(self, choice: int, text: str, reason: str | None, logprobs: tuple[TokenLogprob, ...] = ()) -> JsonObject:
         encoded = self._encode_logprobs(choice, logprobs) if logprobs else None
         return self._object([{"index": choice, "text": text, "logprobs": encoded, "finish_reason": reason}])
 

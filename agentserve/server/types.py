@@ -5,9 +5,9 @@ A dialect parses its body into a `GenerateRequest` and encodes `GenerationEvent`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from agentserve.core.request import FinishReason
 
@@ -51,6 +51,8 @@ class SamplingRequest:
     """How to sample, before the prompt's length, the model's stop tokens and the seed are known."""
 
     max_tokens: int | None = None
+    """None: `default_max_tokens`, but no more than what is left of the window."""
+    default_max_tokens: int | None = None
     """None: what is left of the window."""
     temperature: float = 1.0
     top_p: float = 1.0
@@ -147,31 +149,3 @@ class Finished:
 
 
 GenerationEvent: TypeAlias = TextDelta | Progress | ChoiceFinished | Finished
-
-# ---- what the model's text side must offer ----
-
-
-class TokenizerLike(Protocol):
-    """The part of a tokenizer that the server uses. `encode` is called in worker threads."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_token_ids(self) -> Sequence[int]: ...
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]: ...
-
-    def decode(self, token_ids: Sequence[int]) -> str: ...
-
-
-class ChatTemplateLike(Protocol):
-    """Renders a conversation. Called in worker threads. Raises InvalidRequestError for one it cannot render."""
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str: ...

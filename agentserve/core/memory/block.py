@@ -37,7 +37,7 @@ class BlockPool:
     def take(self, count: int) -> list[int]:
         """Takes the `count` lowest free ids, in ascending order. The caller has made sure that there are as many."""
         assert 0 <= count <= self.num_free, f"{count} blocks wanted, {self.num_free} free"
-        taken = []
+        taken: list[int] = []
         while len(taken) < count:
             block_id = heapq.heappop(self._free_ids)
             self._is_listed[block_id] = 0

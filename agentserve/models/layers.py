@@ -1,0 +1,151 @@
+"""Layers over flat batches `[num_tokens, ...]`. Weights are plain tensors; callers run under `torch.inference_mode`."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from agentserve.models.config import ModelConfig, RopeScaling
+from agentserve.models.interface import Attention
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]
+"""Cosine and signed sine of a batch, each `[num_tokens, 1, head_dim]`."""
+
+
+_HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+class Linear:
+    """`x @ weight.T + bias` for `weight` `[num_outputs, num_inputs]`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._packed = False
+
+    def pack(self) -> Linear:
+        """Reorders the weight for oneDNN where that helps (float32 on a CPU), keeps no plain copy; returns self.
+
+        A packed weight is read at full memory bandwidth whatever the batch size, so that a decode step for eight
+        sequences takes hardly longer than one for a single sequence.
+        """
+        fits = self._weight.is_cpu and self._weight.dtype is torch.float32 and _HAS_ONEDNN
+        if fits and not self._packed:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
+            self._packed = True
+        return self
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return y
+        return functional.linear(x, self._weight, self._bias)
+
+
+class RMSNorm:
+    """Scales each row to root mean square 1, then by `weight` (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self._weight = weight
+        self._shape = list(weight.shape)
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class HeadNorm:
+    """RMSNorm of each query and key head on its own (Qwen3). Values pass through `[num_tokens, heads, head_dim]`."""
+
+    def __init__(self, query: Tensor, key: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
+        """`query` and `key` are the two weights, `[head_dim]` each."""
+        self._weight = torch.cat([query.expand(num_heads, -1), key.expand(num_kv_heads, -1)])
+        self._shape = list(query.shape)
+        self._eps = eps
+
+    def __call__(self, query_key: Tensor) -> Tensor:
+        return functional.rms_norm(query_key, self._shape, None, self._eps) * self._weight
+
+
+class Rotary:
+    """Rotary position embedding (Su et al., 2021) from tables for all positions, in the half-split layout."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device, frequency_factors: Tensor | None = None) -> None:
+        """`frequency_factors` `[head_dim / 2]` divide the frequencies; GGUF files state Llama 3 scaling that way."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+        frequencies = 1.0 / config.rope_theta**exponents
+        if config.rope_scaling is not None:
+            frequencies = scale_frequencies(frequencies, config.rope_scaling)
+        if frequency_factors is not None:
+            frequencies = frequencies / frequency_factors
+        angles = torch.outer(torch.arange(config.max_position_embeddings).float(), frequencies)
+        self._cos = angles.cos().to(device)
+        self._sin = angles.sin().to(device)
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
+        """The rotation of tokens at `positions` `[num_tokens]`, to be used by all layers."""
+        cos = self._cos.index_select(0, positions)
+        sin = self._sin.index_select(0, positions)
+        # With the sign in the table, swapping the halves of a head needs no negation.
+        both_cos, both_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return both_cos.unsqueeze(1).to(dtype), both_sin.unsqueeze(1).to(dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotates heads `[num_tokens, num_heads, head_dim]`."""
+    cos, sin = rotation
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Frequencies `[head_dim / 2]` in radians a token, for a longer context than the model was first trained with."""
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    assert scaling.kind == "llama3", scaling.kind
+    # Llama 3.1: wavelengths far below the old window stay, those beyond it are stretched, in between is a blend.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * frequencies / scaling.factor
+
+
+class SelfAttention:
+    """Grouped-query attention with rotary embedding; the cache and the attention itself are the caller's."""
+
+    def __init__(
+        self, config: ModelConfig, layer: int, *, qkv: Linear, output: Linear, head_norm: HeadNorm | None = None
+    ) -> None:
+        """`qkv` yields queries, keys and values side by side: one matrix product is faster than three."""
+        self._layer = layer
+        self._qkv = qkv
+        self._output = output
+        self._head_norm = head_norm
+        self._num_heads = config.num_heads
+        self._num_kv_heads = config.num_kv_heads
+        self._head_dim = config.head_dim
+
+    def __call__(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        num_query_key = self._num_heads + self._num_kv_heads
+        heads = self._qkv(x).view(x.shape[0], num_query_key + self._num_kv_heads, self._head_dim)
+        query_key = heads[:, :num_query_key]
+        if self._head_norm is not None:
+            query_key = self._head_norm(query_key)
+        query_key = rotate(query_key, rotation)
+        query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
+        return self._output(attention.attend(self._layer, query, key, heads[:, num_query_key:]))
+
+
+class SwiGLU:
+    """`down(silu(gate(x)) * up(x))` (Shazeer, 2020). Gate and up stay apart: joined, they were not faster."""
+
+    def __init__(self, gate: Linear, up: Linear, down: Linear) -> None:
+        self._gate = gate
+        self._up = up
+        self._down = down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(functional.silu(self._gate(x)).mul_(self._up(x)))

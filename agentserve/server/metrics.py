@@ -1,0 +1,140 @@
+"""Prometheus metrics. Names and buckets follow vLLM with the prefix `agentserve:`, so that dashboards can be ported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from agentserve.core.events import RequestStats
+from agentserve.core.stats import EngineStats
+
+PREFIX = "agentserve:"
+_TTFT_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_ITL_BUCKETS = (
+    *(0.002, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_LATENCY_BUCKETS = (
+    *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0),
+    *(120.0, 240.0, 480.0, 960.0, 1920.0),
+)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
+
+
+class ServerMetrics:
+    """All metrics of one server, in a registry of their own. Used on the event loop only."""
+
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats]) -> None:
+        self._model_name = model_name
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(model_name, engine_stats))
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From the arrival of the HTTP request to its first token.", _TTFT_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens of a choice as its stream sees them.", _ITL_BUCKETS
+        )
+        self._e2e = self._histogram(
+            "e2e_request_latency_seconds", "From the arrival of the HTTP request to its end.", _LATENCY_BUCKETS
+        )
+        self._queue = self._histogram(
+            "request_queue_time_seconds", "From the arrival at the engine to the first batch.", _LATENCY_BUCKETS
+        )
+        self._prefill = self._histogram(
+            "request_prefill_time_seconds", "From the first batch to the first token.", _LATENCY_BUCKETS
+        )
+        self._decode = self._histogram(
+            "request_decode_time_seconds", "From the first token to the last one.", _LATENCY_BUCKETS
+        )
+        self._prompt_lengths = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
+        self._output_lengths = self._histogram(
+            "request_generation_tokens", "Output tokens of a request.", _TOKEN_BUCKETS
+        )
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that ended.")
+        self._aborted = self._counter("num_aborted_requests", "Requests that were cancelled.")
+        self._failed = self._counter("num_failed_requests", "Accepted requests that the engine could not finish.")
+        self._success = Counter(
+            PREFIX + "request_success",
+            "Requests that ended well.",
+            ["model_name", "finished_reason"],
+            registry=self._registry,
+        )
+
+    def count_request(self, outcome: str, num_output_tokens: int, e2e_s: float, stats: RequestStats | None) -> None:
+        """Counts one engine request. `outcome` is a `FinishReason`; `stats` is None when it was left early."""
+        if outcome == "cancelled":
+            self._aborted.inc()
+            return
+        if outcome == "error" or stats is None:
+            self._failed.inc()
+            return
+        self._success.labels(self._model_name, outcome).inc()
+        self._e2e.observe(e2e_s)
+        self._prompt_tokens.inc(stats.num_prompt_tokens)
+        self._prompt_lengths.observe(stats.num_prompt_tokens)
+        self._output_lengths.observe(num_output_tokens)
+        if stats.first_scheduled_ns is not None and stats.first_token_ns is not None:
+            self._queue.observe((stats.first_scheduled_ns - stats.arrival_ns) / 1e9)
+            self._prefill.observe((stats.first_token_ns - stats.first_scheduled_ns) / 1e9)
+            if stats.last_token_ns is not None:
+                self._decode.observe((stats.last_token_ns - stats.first_token_ns) / 1e9)
+
+    def render(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        histogram = Histogram(PREFIX + name, text, ["model_name"], buckets=buckets, registry=self._registry)
+        return histogram.labels(self._model_name)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(PREFIX + name, text, ["model_name"], registry=self._registry).labels(self._model_name)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's counters when somebody scrapes, so that they cost nothing in between."""
+
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats]) -> None:
+        self._model_name = model_name
+        self._engine_stats = engine_stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine_stats()
+        num_used = stats.num_blocks - stats.num_free_blocks - stats.num_cached_blocks
+        yield self._gauge("num_requests_running", "Requests that hold KV blocks.", stats.num_running)
+        yield self._gauge("num_requests_waiting", "Requests that wait for KV blocks.", stats.num_waiting)
+        yield self._gauge(
+            "kv_cache_usage_perc",
+            "Share of the KV blocks that running requests use (1: all).",
+            num_used / stats.num_blocks if stats.num_blocks else 0.0,
+        )
+        yield self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_prefix_query_tokens
+        )
+        yield self._counter(
+            "prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.num_prefix_hit_tokens
+        )
+        cached = CounterMetricFamily(
+            PREFIX + "cached_tokens", "Prompt tokens that were not computed.", labels=["model_name", "cache_source"]
+        )
+        cached.add_metric([self._model_name, "device"], stats.num_prefix_hit_tokens)
+        yield cached
+        yield self._counter("generation_tokens", "Tokens generated.", stats.num_generated_tokens)
+        yield self._counter("num_preemptions", "Requests whose KV blocks were taken.", stats.num_preemptions)
+        yield self._counter("num_evicted_blocks", "Cached KV blocks that were evicted.", stats.num_evicted_blocks)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
+        family.add_metric([self._model_name], value)
+        return family

@@ -1,0 +1,1 @@
+"""The demo: three agents with real tools against a real daemon. Run it with `scripts/demo`."""

@@ -1,0 +1,97 @@
+"""A daemon for tests on a free port, with the official SDK as its client and texts made of bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from agentserve.server.app import ServerState, run_server
+
+EOS, BOS = 256, 257
+
+
+class ByteTokenizer:
+    """A token for each byte, and two special ones."""
+
+    vocab_size = 258
+    eos_token_ids = (EOS,)
+    bos_token_id = BOS
+
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(token for token in ids if token < 256).decode("utf-8", "replace")
+
+
+class PlainTemplate:
+    """`<role>content` for each message, then `<assistant>`."""
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        return text + "<assistant>" * add_generation_prompt
+
+
+class Daemon:
+    """A running server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self.state = state
+        self.client = state.client
+        self.port = 0
+        self.stop = asyncio.Event()
+        self.abort = asyncio.Event()
+        self._openai: list[AsyncOpenAI] = []
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def openai(self, **options: Any) -> AsyncOpenAI:
+        """The official SDK, without retries so that each error is seen."""
+        merged: dict[str, Any] = {"api_key": "none", "max_retries": 0, "base_url": f"{self.url}/v1"} | options
+        client = AsyncOpenAI(**merged)
+        self._openai.append(client)
+        return client
+
+    async def start(self) -> None:
+        ports: asyncio.Queue[int] = asyncio.Queue()
+        self._task = asyncio.create_task(
+            run_server(self.state, on_ready=lambda host, port: ports.put_nowait(port), stop=self.stop, abort=self.abort)
+        )
+        # So that whoever waits for the port does not wait for ever when there is none.
+        self._task.add_done_callback(lambda _: ports.put_nowait(0))
+        self.port = await ports.get()
+        if self.port == 0:
+            await self._task
+
+    async def close(self) -> None:
+        for client in self._openai:
+            await client.close()
+        self.stop.set()
+        self.abort.set()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+
+@asynccontextmanager
+async def running(daemon: Daemon) -> AsyncIterator[None]:
+    """Starts a server on a free port; when it is left, every request must have been given back to the engine."""
+    try:
+        await daemon.start()
+        yield
+    finally:
+        await daemon.close()
+    assert daemon.client.num_unfinished == 0, "the server has left a request running"
+    assert daemon.state.num_active == 0

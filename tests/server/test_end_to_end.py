@@ -1,0 +1,165 @@
+"""The SDK, the server, the engine thread and the control plane together, on simulated timing."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import openai
+
+from agentserve.executors.simulated.executor import SimulatedExecutor
+from agentserve.runtime.client import EngineClient, EventBridge
+from agentserve.runtime.live import LiveDriver, MonotonicClock
+from agentserve.server.app import ServerOptions, ServerState
+from tests.core import builders
+from tests.server.daemon import ByteTokenizer, Daemon, PlainTemplate, running
+
+BLOCK_SIZE = 4
+TEXT = b"the quick brown fox jumps over the lazy dog "
+SYSTEM = "You are an agent with many tools. " * 4
+
+
+@asynccontextmanager
+async def serve(max_queued_requests: int = 64, **config: Any) -> AsyncIterator[Daemon]:
+    """A daemon on a device that is a thousand times as fast as the one of the builders."""
+    core = builders.core(block_size=BLOCK_SIZE, **({"max_model_len": 512, "num_blocks": 256} | config))
+    cost_model = builders.cost_model(bandwidth_bytes_per_s=1e12, flops_per_s=2e12)
+    executor = SimulatedExecutor(
+        cost_model, num_blocks=core.config.num_blocks, block_size=BLOCK_SIZE, vocabulary=list(TEXT)
+    )
+    bridge = EventBridge()
+    driver = LiveDriver(core, executor, MonotonicClock(), on_events=bridge.on_events, on_failure=bridge.on_failure)
+    client = EngineClient(driver, max_model_len=core.config.max_model_len, max_queued_requests=max_queued_requests)
+    bridge.bind(client, asyncio.get_running_loop())
+    driver.start()
+    try:
+        options = ServerOptions(model_name="m", executor="simulated", simulated=True, port=0)
+        daemon = Daemon(
+            ServerState.create(options, client, ByteTokenizer(), PlainTemplate(), engine_failure=lambda: driver.failure)
+        )
+        async with running(daemon):
+            yield daemon
+            # Cancels travel to the engine thread; when it has seen them, every block is free or holds a prefix.
+            while (stats := client.stats()).num_running or stats.num_waiting:
+                assert driver.failure is None, driver.failure
+                await asyncio.sleep(0.001)
+            assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
+    finally:
+        driver.stop()
+    core.check_invariants()
+
+
+async def test_the_second_turn_of_a_session_finds_the_first_one_in_the_cache() -> None:
+    async with serve() as daemon:
+        client = daemon.openai()
+        messages: list[Any] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "first"}]
+        usages = []
+        for _ in range(2):
+            answer = await client.chat.completions.create(model="m", messages=messages, max_tokens=20)
+            content = answer.choices[0].message.content
+            assert content and all(char in TEXT.decode() for char in content)
+            assert answer.usage is not None and answer.usage.prompt_tokens_details is not None
+            usages.append(answer.usage)
+            messages += [{"role": "assistant", "content": content}, {"role": "user", "content": "more"}]
+        first, second = usages
+        assert first.prompt_tokens_details.cached_tokens == 0
+        # The prompt and the answer but its last token, whose KV is never computed, as far as blocks are full.
+        num_known = first.prompt_tokens + first.completion_tokens - 1
+        assert second.prompt_tokens_details.cached_tokens == num_known // BLOCK_SIZE * BLOCK_SIZE
+
+
+async def test_a_seed_makes_a_text() -> None:
+    async with serve() as daemon:
+        client = daemon.openai()
+
+        async def text(seed: int, stream: bool) -> str:
+            messages: list[Any] = [{"role": "user", "content": "hi"}]
+            if not stream:
+                answer = await client.chat.completions.create(model="m", messages=messages, seed=seed, max_tokens=30)
+                return answer.choices[0].message.content or ""
+            chunks = await client.chat.completions.create(
+                model="m", messages=messages, seed=seed, max_tokens=30, stream=True
+            )
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks])
+
+        whole, streamed, other = await asyncio.gather(text(1, False), text(1, True), text(2, True))
+        assert whole == streamed
+        assert whole != other
+
+
+async def test_stop_string_ends_the_engine_request() -> None:
+    async with serve() as daemon:
+        answer = await daemon.openai().completions.create(model="m", prompt="x", max_tokens=400, stop=" ", seed=3)
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage is not None
+        assert " " not in answer.choices[0].text
+        assert answer.usage.completion_tokens == len(answer.choices[0].text) + 1
+
+
+async def test_nothing_is_lost_under_random_clients() -> None:
+    """Whole and streamed answers, early leavers, cancelled calls, overflow, a short queue and too few blocks."""
+    random_numbers = random.Random(1)
+    outcomes: dict[str, int] = {}
+
+    async with serve(max_queued_requests=12, num_blocks=140, max_num_seqs=6) as daemon:
+        client = daemon.openai()
+
+        async def whole(messages: list[Any]) -> str:
+            answer = await client.chat.completions.create(model="m", messages=messages, max_tokens=40)
+            return answer.choices[0].finish_reason
+
+        async def streamed(messages: list[Any], leave_after: int) -> str:
+            stream = await client.chat.completions.create(model="m", messages=messages, max_tokens=100, stream=True)
+            async with stream:
+                async for chunk in stream:
+                    leave_after -= len(chunk.choices[0].delta.content or "")
+                    if leave_after < 0:
+                        return "left"
+                    if chunk.choices[0].finish_reason:
+                        return chunk.choices[0].finish_reason
+            return "cut off"
+
+        async def talk(index: int) -> str:
+            length = random_numbers.choice([5, 50, 150, 600])
+            messages = [{"role": "user", "content": SYSTEM[: index % 3 * 40] + "x" * length}]
+            kind, leave_after = random_numbers.randrange(4), random_numbers.randrange(60)
+            delay_s = random_numbers.random() * 0.05
+            await asyncio.sleep(random_numbers.random() * 0.1)
+            try:
+                if kind == 0:
+                    return await whole(messages)
+                if kind == 1:
+                    return await streamed(messages, leave_after)
+                if kind == 2:
+                    return await streamed(messages, 10_000)
+                async with asyncio.timeout(delay_s):
+                    return await whole(messages)
+            except TimeoutError:
+                return "cancelled"
+            except openai.BadRequestError as error:
+                return error.code or "bad request"
+            except openai.InternalServerError as error:
+                return error.code or "server error"
+
+        for outcome in await asyncio.gather(*(talk(index) for index in range(80))):
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    assert sum(outcomes.values()) == 80
+    assert set(outcomes) <= {"stop", "length", "left", "cancelled", "context_length_exceeded", "overloaded"}
+    assert outcomes["context_length_exceeded"] > 0
+    assert outcomes["length"] > 0
+    assert outcomes["left"] > 0
+
+
+async def test_metrics_of_a_live_engine() -> None:
+    async with serve() as daemon, aiohttp.ClientSession() as session:
+        await daemon.openai().completions.create(
+            model="m", prompt="x" * 40, max_tokens=10, extra_body={"ignore_eos": True}
+        )
+        async with session.get(f"{daemon.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        assert 'agentserve:generation_tokens_total{model_name="m"} 10.0' in lines
+        assert 'agentserve:request_success_total{finished_reason="length",model_name="m"} 1.0' in lines

@@ -1,0 +1,72 @@
+"""The import rules of the design hold, and breaking one is noticed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BANNED_IN_CORE = {"asyncio", "threading", "time", "random", "socket", "os", "io", "pathlib", "subprocess", "secrets"}
+
+
+def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
+    """Checks the contracts of pyproject.toml on the package in `tree`."""
+    return subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--config", ROOT / "pyproject.toml", "--no-cache"],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_contracts_hold() -> None:
+    result = lint_imports(ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "contract"),
+    [
+        ("core/scheduler.py", "import time", "neither sleeps"),
+        ("core/memory/manager.py", "import torch", "neither sleeps"),
+        ("core/engine.py", "from agentserve.runtime import live", "go down only"),
+        ("server/app.py", "import torch", "composition root"),
+        ("runtime/live.py", "from agentserve.executors.simulated import executor", "composition root"),
+    ],
+)
+def test_a_planted_import_is_caught(tmp_path: Path, module: str, line: str, contract: str) -> None:
+    shutil.copytree(ROOT / "agentserve", tmp_path / "agentserve", ignore=shutil.ignore_patterns("__pycache__"))
+    planted = tmp_path / "agentserve" / module
+    planted.write_text(planted.read_text(encoding="utf-8") + f"\n{line}\n", encoding="utf-8")
+    result = lint_imports(tmp_path)
+    assert result.returncode == 1
+    broken = [text for text in result.stdout.splitlines() if text.endswith("BROKEN")]
+    assert any(contract in text for text in broken), result.stdout
+
+
+def test_core_imports_the_standard_library_only() -> None:
+    allowed = set(sys.stdlib_module_names) - BANNED_IN_CORE
+    for path in (ROOT / "agentserve" / "core").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [node.module or ""]
+            for name in names:
+                ours = name.startswith(("agentserve.core", "agentserve.config", "agentserve.errors"))
+                assert ours or name.split(".")[0] in allowed, f"{path.name} imports {name}"
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    code = "import sys, agentserve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
