@@ -8,6 +8,8 @@ from agentserve.errors import ModelFormatError, UnsupportedModelError
 from agentserve.models.config import ModelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_LONGEST_WINDOW = 1 << 24
+"""A damaged file must not make us allocate tables for a nonsensical window."""
 
 
 def check_architecture(architecture: str, where: str) -> str:
@@ -31,5 +33,7 @@ def check_sizes(config: ModelConfig, where: str) -> None:
         raise ModelFormatError(
             f"{where} has {config.num_heads} heads, which {config.num_kv_heads} key-value heads do not divide"
         )
+    if config.max_position_embeddings > _LONGEST_WINDOW:
+        raise ModelFormatError(f"{where} has a window of {config.max_position_embeddings} tokens, which cannot be")
     if config.head_dim % 2:
         raise ModelFormatError(f"{where} has head_dim {config.head_dim}; rotary embedding needs an even one")

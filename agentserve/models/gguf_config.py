@@ -63,12 +63,9 @@ def read_gguf_config(header: GGUFHeader) -> ModelConfig:
 def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The tokens that end a turn, the one that the file names first, without duplicates."""
     named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
-    tokens, types = metadata.get("tokenizer.ggml.tokens", ()), metadata.get("tokenizer.ggml.token_type", ())
-    known = [
-        index
-        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
-        if kind == _CONTROL and token in _END_OF_TURN
-    ]
+    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
+    pairs = zip(tokens, types, strict=False) if isinstance(tokens, list) and isinstance(types, list) else ()
+    known = [index for index, (token, kind) in enumerate(pairs) if kind == _CONTROL and token in _END_OF_TURN]
     return tuple(dict.fromkeys(token_id for token_id in [*named, *known] if isinstance(token_id, int)))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from agentserve.models.config import ModelConfig
@@ -35,6 +36,8 @@ class DecoderModel(Protocol):
     """A decoder-only language model."""
 
     config: ModelConfig
+    dtype: torch.dtype
+    """Of activations, and so of keys and values."""
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Final hidden states (normalized) `[num_tokens, hidden_size]`; both arguments are `[num_tokens]` int64."""

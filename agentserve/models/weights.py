@@ -106,7 +106,7 @@ class GGUFWeights:
         for tensor in header.tensors.values():
             if tensor.offset + self._num_bytes(tensor) > header.num_bytes:
                 raise ModelFormatError(
-                    f"{header.path} is truncated: with {header.num_bytes} bytes it ends before its tensor {tensor.name!r}"
+                    f"{header.path} is truncated: its {header.num_bytes} bytes end before tensor {tensor.name!r} does"
                 )
         self._data = np.memmap(header.path, mode="r", dtype=np.uint8)
 
@@ -148,6 +148,8 @@ class GGUFWeights:
 
     def _num_bytes(self, tensor: GGUFTensor) -> int:
         try:
+            block_size: int
+            type_size: int
             block_size, type_size = self._gguf.GGML_QUANT_SIZES[self._gguf.GGMLQuantizationType(tensor.type_id)]
         except (ValueError, KeyError) as error:
             raise UnsupportedModelError(

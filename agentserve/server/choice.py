@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agentserve.core.batch import TokenSample
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import EngineError
@@ -23,6 +25,7 @@ class Choice:
         stream: TokenStream,
         *,
         tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
         sampling: SamplingParams,
         stop: tuple[str, ...],
         observer: RequestObserver,
@@ -34,7 +37,7 @@ class Choice:
         self._stream = stream
         self._tokenizer = tokenizer
         self._sampling = sampling
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt_token_ids)
         self._matcher = StopStringMatcher(stop) if stop else None
         self._stopped = False
         self._observer = observer
@@ -105,6 +108,6 @@ class Choice:
         return [TextDelta(self.index, text, tuple(logprobs), self.num_output_tokens)]
 
     def _describe(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
-        text = self._tokenizer.decode([token_id])
+        data = self._tokenizer.token_bytes(token_id)
         alternatives = tuple(self._describe(other, value, ()) for other, value in top)
-        return TokenLogprob(text, text.encode(), logprob, alternatives)
+        return TokenLogprob(data.decode("utf-8", "replace"), data, logprob, alternatives)

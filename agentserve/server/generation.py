@@ -44,6 +44,7 @@ class ChatRenderer(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str: ...
 
 
@@ -231,6 +232,7 @@ class GenerationService:
                     index,
                     stream,
                     tokenizer=self._tokenizer,
+                    prompt_token_ids=prompt.token_ids,
                     sampling=sampling,
                     stop=request.sampling.stop,
                     observer=observer,
@@ -246,7 +248,7 @@ class GenerationService:
         if isinstance(prompt, ChatPrompt):
             if self._chat_template is None:
                 raise InvalidRequestError("This model has no chat template; use /v1/completions.", param="messages")
-            text = self._chat_template.render(prompt.messages)
+            text = self._chat_template.render(prompt.messages, template_kwargs=prompt.template_kwargs)
             # The template writes the special tokens itself.
             return _TokenizedPrompt(tuple(self._tokenizer.encode(text, add_special_tokens=False)), "")
         if isinstance(prompt, TextPrompt):

@@ -9,6 +9,7 @@ import uuid
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from agentserve import __version__
 from agentserve.errors import AgentServeError, RequestTooLargeError
 from agentserve.server.errors import EndpointNotFoundError, MethodNotAllowedError, describe_error
 from agentserve.server.security import (
@@ -40,7 +41,7 @@ async def handle_errors(request: web.Request, handler: Handler) -> web.StreamRes
     except AgentServeError as error:
         return _reply(request, error, None)
     except Exception as error:
-        logger.exception("id=%s %s %s failed", request[REQUEST_ID], request.method, request.path)
+        logger.exception("id=%s %s %s failed", request[REQUEST_ID], request.method, _shown_path(request))
         return describe_error(error).response()
 
 
@@ -62,6 +63,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Adds what every answer carries. Runs when headers are about to be sent, so streams have them, too."""
     state = request.app[STATE]
+    response.headers["Server"] = f"agentserve/{__version__}"
     response.headers["x-agentserve-executor"] = state.options.executor
     request_id = request.get(REQUEST_ID)
     if request_id is not None:  # None: refused for its `Expect` header before any middleware ran
@@ -80,9 +82,9 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 def _translate(request: web.Request, error: web.HTTPException) -> Exception:
     if isinstance(error, web.HTTPNotFound):
-        return EndpointNotFoundError(f"There is no {request.method} {request.path[:200]} here.")
+        return EndpointNotFoundError(f"There is no {request.method} {_shown_path(request)} here.")
     if isinstance(error, web.HTTPMethodNotAllowed):
-        return MethodNotAllowedError(f"{request.path[:200]} does not allow {request.method}.")
+        return MethodNotAllowedError(f"{_shown_path(request)} does not allow {request.method}.")
     if isinstance(error, web.HTTPRequestEntityTooLarge):
         return RequestTooLargeError("The body is longer than this server's limit.")
     return error
@@ -94,7 +96,7 @@ def _reply(request: web.Request, error: Exception, http_error: web.HTTPException
         "id=%s %s %s refused status=%d code=%s",
         request[REQUEST_ID],
         request.method,
-        request.path[:200],
+        _shown_path(request),
         reply.status,
         reply.code,
     )
@@ -102,3 +104,8 @@ def _reply(request: web.Request, error: Exception, http_error: web.HTTPException
     if http_error is not None and "Allow" in http_error.headers:
         response.headers["Allow"] = http_error.headers["Allow"]
     return response
+
+
+def _shown_path(request: web.Request) -> str:
+    """The path as it was sent: decoded, it could hold a line break and forge a line of the log."""
+    return request.rel_url.raw_path[:200]

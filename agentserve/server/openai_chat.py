@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -39,8 +38,9 @@ def parse_chat_request(body: JsonObject, identity: Identity) -> ParsedCall:
     if chat.top_logprobs is not None and not chat.logprobs:
         raise InvalidRequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
     stream, include_usage, continuous_usage = parse_call_options(chat)
+    messages = tuple(_parse_message(message, index) for index, message in enumerate(chat.messages))
     generate = GenerateRequest(
-        prompts=(ChatPrompt(tuple(_parse_message(message, index) for index, message in enumerate(chat.messages))),),
+        prompts=(ChatPrompt(messages, chat.chat_template_kwargs or {}),),
         prompt_param="messages",
         sampling=parse_sampling(
             chat,
@@ -56,7 +56,7 @@ def parse_chat_request(body: JsonObject, identity: Identity) -> ParsedCall:
 
 
 def _parse_message(message: ChatMessage, index: int) -> Mapping[str, Any]:
-    """A message as chat templates expect it: content is one string, arguments of tool calls are objects."""
+    """The fields of a message that templates know, with one string as its content."""
     param = f"messages[{index}]"
     may_be_null = message.role == "assistant"
     parsed: dict[str, Any] = {"role": message.role, "content": _parse_content(message.content, param, may_be_null)}
@@ -90,30 +90,20 @@ def _parse_content(content: Any, param: str, may_be_null: bool) -> str:
                 f"{param}[{index}]: only text parts are supported{shown}", param=f"{param}[{index}]"
             )
         texts.append(text)
-    return "".join(texts)
+    # Parts are separate paragraphs, so that words do not run together.
+    return "\n".join(texts)
 
 
 def _parse_tool_call(call: Mapping[str, Any], param: str) -> Mapping[str, Any]:
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise InvalidRequestError(f"{param}: a call needs function.name", param=param)
-    arguments = function.get("arguments", "")
-    if isinstance(arguments, str):
-        arguments = _parse_arguments(arguments)
+    # The arguments may be no JSON, if the model was cut off or got them wrong: the template shows them as they are.
     return {
         "id": str(call.get("id") or ""),
         "type": "function",
-        "function": {"name": function["name"], "arguments": arguments},
+        "function": {"name": function["name"], "arguments": function.get("arguments", "")},
     }
-
-
-def _parse_arguments(arguments: str) -> Any:
-    """An object if it is one. History may hold calls that were cut or malformed; they are shown as they were."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) else arguments
 
 
 class ChatEncoder:

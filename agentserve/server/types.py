@@ -6,7 +6,7 @@ A dialect parses its body into a `GenerateRequest` and encodes `GenerationEvent`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from agentserve.core.request import FinishReason
@@ -27,6 +27,8 @@ class ChatPrompt:
     """A conversation, to be rendered by the model's chat template."""
 
     messages: tuple[Mapping[str, Any], ...]
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from agentserve.core.batch import Batch
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import RequestFinished, SubmitRequest, TokenGenerated
 from agentserve.core.executor import Executor
-from agentserve.core.request import FinishReason, SamplingParams
+from agentserve.core.request import FinishReason
 
 
 class Run:
@@ -18,6 +18,7 @@ class Run:
 
     def __init__(self) -> None:
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[float | None]] = {}
         self.ends: dict[str, RequestFinished] = {}
         self.batches: list[Batch] = []
 
@@ -36,6 +37,7 @@ def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest
             for event in result.events:
                 if isinstance(event, TokenGenerated):
                     run.tokens.setdefault(event.request_id, []).append(event.sample.token_id)
+                    run.logprobs.setdefault(event.request_id, []).append(event.sample.logprob)
                 elif isinstance(event, RequestFinished):
                     assert event.reason is not FinishReason.ERROR, event.error
                     run.ends[event.request_id] = event
@@ -47,7 +49,3 @@ def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest
                 woken.clear()
     return run
 
-
-def greedy(request_id: str, prompt: Sequence[int], num_tokens: int) -> SubmitRequest:
-    """Exactly `num_tokens` tokens, the most likely one each time, whatever they are."""
-    return SubmitRequest(request_id, tuple(prompt), SamplingParams(max_tokens=num_tokens, temperature=0.0))

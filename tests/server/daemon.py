@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import Any
 
 from openai import AsyncOpenAI
@@ -20,16 +21,24 @@ class ByteTokenizer:
     vocab_size = 258
     eos_token_ids = (EOS,)
     bos_token_id = BOS
+    special_tokens: Mapping[str, str] = MappingProxyType({})
+    strips_leading_space = False
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return bytes(token for token in ids if token < 256).decode("utf-8", "replace")
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return b"".join(self.token_bytes(token_id) for token_id in token_ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else b""
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id >= 256
 
 
 class PlainTemplate:
-    """`<role>content` for each message, then `<assistant>`."""
+    """`<role>content` for each message, `<assistant>`, and a variable named `tail`."""
 
     def render(
         self,
@@ -37,9 +46,10 @@ class PlainTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
-        return text + "<assistant>" * add_generation_prompt
+        return text + "<assistant>" * add_generation_prompt + str((template_kwargs or {}).get("tail", ""))
 
 
 class Daemon:

@@ -294,6 +294,38 @@ async def test_engine_failures() -> None:
                     assert (await response.json())["error"]["message"] == "the engine is gone"
 
 
+@pytest.mark.parametrize("num_choices", [1, 2])
+async def test_the_engine_dies_under_running_requests(num_choices: int) -> None:
+    started = asyncio.Event()
+    never = asyncio.Event()
+
+    async def script(run: Run) -> None:
+        run.token(65)
+        started.set()
+        await never.wait()
+
+    async with serve(script) as daemon:
+        client = daemon.openai()
+        stream = await client.chat.completions.create(model="test-model", messages=HELLO, stream=True, n=num_choices)
+        whole = asyncio.create_task(client.chat.completions.create(model="test-model", messages=HELLO, n=num_choices))
+        while daemon.driver.num_running < 2 * num_choices:
+            await asyncio.sleep(0)
+        daemon.driver.die("out of luck")
+        with pytest.raises(openai.APIError, match="out of luck"):
+            async for _ in stream:
+                pass
+        with pytest.raises(openai.InternalServerError, match="out of luck"):
+            await whole
+
+
+async def test_a_path_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="agentserve.request")
+    async with serve() as daemon:
+        status, _ = await post(daemon, b"", "/x%0Aid=forged")
+        assert status == 404
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
 async def test_one_of_n_choices_fails() -> None:
     never = asyncio.Event()
 

@@ -41,6 +41,7 @@ async def test_health_ready_root() -> None:
             async with session.request(method, daemon.url + path, headers={"x-api-key": "k"}) as response:
                 assert response.status == status
                 assert response.headers["x-agentserve-executor"] == "scripted"
+                assert response.headers["Server"] == f"agentserve/{agentserve.__version__}"
 
 
 async def test_health_answers_while_the_engine_is_busy() -> None:

@@ -183,6 +183,15 @@ async def test_chat_logprobs() -> None:
         assert tokens == ["a", "b"]
 
 
+async def test_logprobs_show_the_bytes_of_half_a_character() -> None:
+    async with serve(replying("é")) as daemon:
+        answer = await daemon.openai().chat.completions.create(model="test-model", messages=HELLO, logprobs=True)
+        logprobs = answer.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None
+        assert [entry.bytes for entry in logprobs.content] == [[0xC3], [0xA9]]
+        assert answer.choices[0].message.content == "é"
+
+
 async def test_completion_logprobs_and_echo() -> None:
     async with serve(replying("ab")) as daemon:
         client = daemon.openai()
@@ -253,6 +262,12 @@ async def test_n_choices_have_seeds_of_their_own_and_interleave() -> None:
         assert len(set(seeds)) == 3
 
 
+async def test_a_prompt_may_end_within_a_character() -> None:
+    async with serve(replying(b"\x82\xac!")) as daemon:
+        answer = await daemon.openai().completions.create(model="test-model", prompt=[0xE2])
+        assert answer.choices[0].text == "€!"
+
+
 async def test_half_a_character_is_never_sent() -> None:
     async with serve(replying("a€😀")) as daemon:
         stream = await daemon.openai().chat.completions.create(model="test-model", messages=HELLO, stream=True)
@@ -290,9 +305,11 @@ async def test_messages_of_all_roles_are_rendered() -> None:
         {"role": "tool", "tool_call_id": "c", "content": "T"},
     ]
     async with serve() as daemon:
-        await daemon.openai().chat.completions.create(model="test-model", messages=messages)
+        await daemon.openai().chat.completions.create(
+            model="test-model", messages=messages, extra_body={"chat_template_kwargs": {"tail": "<think>"}}
+        )
         prompt = bytes(daemon.driver.submitted[0].prompt_token_ids).decode()
-        assert prompt == "<system>S<developer>Dd<user>U<assistant><tool>T<assistant>"
+        assert prompt == "<system>S<developer>D\nd<user>U<assistant><tool>T<assistant><think>"
 
 
 async def test_session_is_read_from_headers() -> None:
