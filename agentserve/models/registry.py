@@ -49,15 +49,26 @@ def resolve_model(name: str) -> ModelSource:
     known = ALIASES.get(name.lower()) or _by_repo_id(name)
     if known is not None:
         return _resolve_known(name.lower() if name.lower() in ALIASES else name, known)
-    path = Path(name).expanduser()
-    if path.is_file():
-        return _from_file(path)
-    if path.is_dir():
-        return _from_directory(path.resolve().name, path)
+    local = _from_path(name)
+    if local is not None:
+        return local
     snapshot = _find_snapshot(name)
     if snapshot is not None:
         return _from_directory(name, snapshot)
     raise UnknownModelError(_unknown(name))
+
+
+def _from_path(name: str) -> ModelSource | None:
+    if not name:  # would be the current directory
+        return None
+    try:
+        path = Path(name).expanduser()
+        is_file, is_directory = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError):  # too long for a path, or the home of a user that does not exist
+        return None
+    if is_file:
+        return _from_file(path)
+    return _from_directory(path.resolve().name, path) if is_directory else None
 
 
 def _resolve_known(name: str, known: KnownModel) -> ModelSource:

@@ -34,6 +34,9 @@ class Choice:
         self.finished = False
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.work_class = ""
+        self.queue_ns = 0
         self._stream = stream
         self._tokenizer = tokenizer
         self._sampling = sampling
@@ -84,7 +87,12 @@ class Choice:
             raise EngineError(end.error or "the engine failed")
         if reason is FinishReason.CANCELLED:
             raise ShuttingDownError("The server is shutting down.")
-        self.num_cached_tokens = end.stats.num_cached_tokens
+        stats = end.stats
+        self.num_cached_tokens = stats.num_cached_tokens
+        self.num_preemptions = stats.num_preemptions
+        self.work_class = stats.first_work_class
+        if stats.first_scheduled_ns is not None:
+            self.queue_ns = stats.first_scheduled_ns - stats.arrival_ns
         events: list[GenerationEvent] = []
         if not self._stopped:
             text = self._match(self._detokenizer.flush())

@@ -128,6 +128,9 @@ class Generation:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=sum(choice.num_output_tokens for choice in self._choices),
             num_cached_tokens=sum(choice.num_cached_tokens for choice in firsts),
+            work_class=self._choices[0].work_class,
+            queue_ns=self._choices[0].queue_ns,
+            num_preemptions=sum(choice.num_preemptions for choice in self._choices),
         )
 
 

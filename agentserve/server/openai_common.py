@@ -99,6 +99,12 @@ def encode_usage(usage: Usage) -> JsonObject:
         "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        # Not part of the dialect; clients keep or ignore what they do not know.
+        "agentserve": {
+            "work_class": usage.work_class,
+            "queue_ms": usage.queue_ns / 1e6,
+            "num_preemptions": usage.num_preemptions,
+        },
     }
 
 

@@ -141,6 +141,12 @@ class Usage:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    work_class: str
+    """How the first choice started: `cold_prefill` or `resume_prefill`."""
+    queue_ns: int
+    """How long the first choice waited to be admitted."""
+    num_preemptions: int
+    """Over all choices."""
 
 
 @dataclass(frozen=True, slots=True)

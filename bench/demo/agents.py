@@ -192,15 +192,15 @@ class Agent:
             stream_options={"include_usage": True},
             extra_headers={"X-Session-ID": self.task.agent},
         )
-        text, times, usage, extension = "", [], None, {}
+        text, times, usage = "", [], None
         async for chunk in stream:
             if chunk.choices and chunk.choices[0].delta.content:
                 text += chunk.choices[0].delta.content
                 times.append(time.monotonic())
             if chunk.usage is not None:
                 usage = chunk.usage
-                extension = (chunk.model_extra or {}).get("agentserve", {})
         assert usage is not None and usage.prompt_tokens_details is not None
+        extension = (usage.model_extra or {}).get("agentserve", {})
         chosen = parse_action(text, self.tools.names)
         tool, argument = chosen or self.task.plan[turn % len(self.task.plan)]
         result = TurnResult(

@@ -33,7 +33,7 @@ from agentserve.runtime.replay import build_core
 from agentserve.text.chat import load_chat_template
 from agentserve.text.tokenizer import load_tokenizer
 from tests.engine.harness import Run, drive
-from tests.models.builders import needs_smollm2, reference_model, save_tiny_model
+from tests.models.builders import reference_logits, requires_smollm2, save_tiny_model
 
 BLOCK_SIZE = 16
 NUM_PROMPTS = 8
@@ -62,7 +62,7 @@ class Subject:
 
 def make_core(executor: Executor, **values: int) -> EngineCore:
     capabilities = executor.capabilities()
-    defaults = {"max_model_len": 512, "max_num_seqs": NUM_PROMPTS, "resume_min_cached_tokens": BLOCK_SIZE}
+    defaults = {"max_model_len": 512, "max_num_seqs": NUM_PROMPTS}
     config = EngineConfig(num_blocks=capabilities.num_blocks, block_size=BLOCK_SIZE, **{**defaults, **values})
     units = capabilities.compute_units
     return build_core(Header(config, units, capabilities.unit_granularity, capabilities.min_units, "m", "cpu"))
@@ -123,19 +123,19 @@ def smollm2() -> Subject:
 
 
 def tiny(directory: Path, architecture: str) -> Subject:
-    save_tiny_model(directory, architecture)
+    reference = save_tiny_model(directory, architecture, max_position_embeddings=512)
     generator = torch.Generator().manual_seed(1)
     model = load_model(resolve_model(str(directory)))
     prompts = tuple(
         tuple(torch.randint(0, model.config.vocab_size, (20 + 5 * index,), generator=generator).tolist())
         for index in range(NUM_PROMPTS)
     )
-    return Subject(model, reference_model(directory), prompts, num_tokens=24)
+    return Subject(model, reference, prompts, num_tokens=24)
 
 
 @pytest.fixture(
     params=[
-        pytest.param("smollm2", marks=[needs_smollm2, pytest.mark.smollm2]),
+        pytest.param("smollm2", marks=[requires_smollm2, pytest.mark.smollm2]),
         pytest.param("llama"),
         pytest.param("qwen2"),
         pytest.param("qwen3"),
@@ -158,8 +158,7 @@ def check(subject: Subject, requests: Sequence[SubmitRequest], run: Run) -> None
         tokens = run.tokens[request.request_id]
         assert len(tokens) == request.sampling.max_tokens
         prompt = request.prompt_token_ids
-        with torch.inference_mode():
-            logits = subject.reference(torch.tensor([[*prompt, *tokens[:-1]]])).logits[0, len(prompt) - 1 :]
+        logits = reference_logits(subject.reference, [*prompt, *tokens[:-1]])[len(prompt) - 1 :]
         assert logits.argmax(-1).tolist() == tokens, request.request_id
         expected = logits.float().log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
         ours = torch.tensor(run.logprobs[request.request_id])
@@ -198,7 +197,7 @@ def test_chunked_prefill_with_odd_sizes(
 
 def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
     executor = executor_of(subject.model)
-    core = make_core(executor)
+    core = make_core(executor, resume_min_cached_tokens=BLOCK_SIZE)
     first = requests_for(subject.prompts, subject.num_tokens)
     run = drive(core, executor, first)
     # The second turn: all of the first one, and something new.

@@ -82,13 +82,13 @@ def process_logits(row: Tensor, spec: SampleSpec) -> None:
         return
     history = _ids(spec.history, row)
     if params.repetition_penalty != 1.0:
-        seen = history.unique()
+        seen = _distinct(history)[0]
         scores = row[seen]
         penalty = params.repetition_penalty
         # Hugging Face's rule: towards less likely on either side of zero.
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        seen, counts = history[spec.num_prompt_tokens :].unique(return_counts=True)
+        seen, counts = _distinct(history[spec.num_prompt_tokens :])
         row[seen] -= params.presence_penalty + params.frequency_penalty * counts
 
 
@@ -149,6 +149,12 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
 
 def _ids(token_ids: Sequence[int], row: Tensor) -> Tensor:
     return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
+
+
+def _distinct(token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The different values and how often each occurs."""
+    values, counts = torch.unique_consecutive(token_ids.sort().values, return_counts=True)
+    return values, counts
 
 
 def _mix(value: int) -> int:

@@ -32,10 +32,9 @@ class SdpaAttention:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `models.interface.Attention.attend`."""
         sizes = self._sizes
-        torch._foreach_copy_(self._targets[layer], [*key.split(sizes), *value.split(sizes)])
-        outputs = [
-            sequence.attend(layer, rows) for sequence, rows in zip(self._sequences, query.split(sizes), strict=True)
-        ]
+        torch._foreach_copy_(self._targets[layer], [*torch.split(key, sizes), *torch.split(value, sizes)])
+        queries = torch.split(query, sizes)
+        outputs = [sequence.attend(layer, rows) for sequence, rows in zip(self._sequences, queries, strict=True)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 

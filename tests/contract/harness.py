@@ -1,0 +1,135 @@
+"""Executors under one handle, and builders of batches: what the contract suite and the executor tests share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
+from agentserve.core.clock import VirtualClock
+from agentserve.core.costmodel import CostModel
+from agentserve.core.executor import Executor
+from agentserve.core.request import SamplingParams, WorkClass
+from agentserve.core.slots import PartitionKind, SlotPartition
+from agentserve.executors.simulated.executor import SimulatedExecutor
+from tests.core.builders import device_profile, model_shape
+
+NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 64, 4, 8
+_TIMEOUT_S = 60.0
+
+
+class TickingClock(VirtualClock):
+    """A clock that moves on by a nanosecond whenever it is read; safe for threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+
+    def now_ns(self) -> int:
+        with self._lock:
+            self.advance_to(super().now_ns() + 1)
+            return super().now_ns()
+
+
+@dataclass
+class Harness:
+    """An executor with the clock that it lives on."""
+
+    executor: Executor
+    clock: VirtualClock
+
+    def __post_init__(self) -> None:
+        self._woken = threading.Event()
+        self._next_batch_id = 0
+        self.executor.on_completion(self._woken.set)
+
+    def batch(self, chunks: Sequence[ScheduledChunk], lane: Lane = Lane.DECODE, **values: Any) -> Batch:
+        """A batch on the whole device, with the next batch id."""
+        self._next_batch_id += 1
+        defaults: dict[str, Any] = {"partition": self.whole(), "co_running": False}
+        return Batch(batch_id=self._next_batch_id, lane=lane, chunks=tuple(chunks), **{**defaults, **values})
+
+    def whole(self) -> SlotPartition:
+        units = self.executor.capabilities().compute_units
+        return SlotPartition(units, units, PartitionKind.WHOLE)
+
+    def submit(self, batch: Batch) -> None:
+        self.executor.submit(batch, self.clock.now_ns())
+
+    def collect(self, num_outputs: int) -> list[BatchOutput]:
+        """Runs until so many outputs have come, and checks that no other output came with them."""
+        outputs: list[BatchOutput] = []
+        while len(outputs) < num_outputs:
+            due_ns = self.executor.next_completion_ns()
+            if due_ns is not None:
+                self.clock.advance_to(max(due_ns, self.clock.now_ns()))
+            self._woken.clear()
+            new = self.executor.poll(self.clock.now_ns())
+            outputs += new
+            if not new and due_ns is None:
+                assert self._woken.wait(_TIMEOUT_S), "no completion came"
+        assert len(outputs) == num_outputs
+        return outputs
+
+    def run(self, batch: Batch) -> BatchOutput:
+        """Submits a batch and waits for its output."""
+        self.submit(batch)
+        return self.collect(1)[0]
+
+
+def greedy(**values: Any) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 64, "temperature": 0.0, **values})
+
+
+def spec(params: SamplingParams, output_index: int = 0, history: Sequence[int] = (), num_prompt: int = 0) -> SampleSpec:
+    return SampleSpec(params, output_index, tuple(history), num_prompt)
+
+
+def chunk(
+    request_id: str,
+    token_ids: Sequence[int],
+    block_ids: Sequence[int],
+    *,
+    start: int = 0,
+    sample: SampleSpec | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> ScheduledChunk:
+    """A chunk that takes as many of `block_ids` as it needs."""
+    num_blocks = -(-(start + len(token_ids)) // block_size)
+    work_class = WorkClass.DECODE if start and len(token_ids) == 1 else WorkClass.COLD_PREFILL
+    return ScheduledChunk(request_id, work_class, start, tuple(token_ids), tuple(block_ids[:num_blocks]), sample)
+
+
+def simulated() -> Harness:
+    """The simulated executor on a virtual clock."""
+    executor = SimulatedExecutor(
+        CostModel(device_profile(), model_shape()),
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        vocabulary=range(10, 150),
+    )
+    return Harness(executor, VirtualClock())
+
+
+def torch_cpu() -> Harness:
+    """The torch executor with a tiny model of random weights."""
+    # Imported here: the contract of the simulated executor must be testable without torch.
+    from agentserve.executors.pytorch.devices.cpu import CpuDevice
+    from agentserve.executors.pytorch.executor import TorchExecutor
+    from tests.executors.builders import tiny_llama
+
+    clock = TickingClock()
+    executor = TorchExecutor(
+        tiny_llama(),
+        CpuDevice(),
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=MAX_NUM_SEQS,
+        clock=clock,
+    )
+    return Harness(executor, clock)
+
+
+FACTORIES = {"simulated": simulated, "torch-cpu": torch_cpu}
