@@ -14,6 +14,7 @@ from pathlib import Path
 from openai import AsyncOpenAI
 from rich.console import Console
 
+from agentserve import __version__
 from bench.demo.agents import TASKS, Agent, TurnResult
 from bench.demo.report import plot_timeline, plot_turns, print_table, summary
 from bench.demo.tools import Tools
@@ -30,6 +31,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "demo", help="where to write")
     arguments = parser.parse_args()
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a pipe has no width; the table needs this much
     arguments.out.mkdir(parents=True, exist_ok=True)
     log_path = arguments.out / "daemon.log"
     console.print("Starting the daemon: [bold]agentserve serve[/] (its embedded default: SmolLM2-135M on the CPU)")
@@ -91,7 +94,9 @@ def write_report(base_url: str, results: list[TurnResult], out: Path, console: C
         health = json.load(answer)
     print_table(results, console)
     console.print(summary(results), highlight=False)
-    caption = f"{health['model']}, executor {health['executor']}, {health['device']}"
+    caption = (
+        f"{health['model']} in float32, executor {health['executor']} ({health['device']}), agentserve {__version__}"
+    )
     plot_timeline(results, out / "timeline.png", caption)
     plot_turns(results, out / "turns.png", caption)
     console.print(f"Pictures: {out / 'timeline.png'}, {out / 'turns.png'}; the daemon's log: {out / 'daemon.log'}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bench.demo.agents import TurnResult
@@ -22,9 +23,9 @@ def print_table(results: Sequence[TurnResult], console: Console) -> None:
     """One row a turn, in the order in which the agents' turns follow each other."""
     table = Table(title="Every model call, measured by the client")
     for name in ("agent", "turn", "class", "tool that ran"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in ("prompt", "cached", "new", "output", "TTFT ms", "TPOT ms", "worst gap ms"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for result in sorted(results, key=lambda r: (r.agent, r.turn)):
         if previous not in (None, result.agent):
@@ -34,7 +35,7 @@ def print_table(results: Sequence[TurnResult], console: Console) -> None:
             result.agent,
             str(result.turn),
             result.work_class.removesuffix("_prefill"),
-            _short_action(result),
+            escape(_short_action(result)),
             str(result.num_prompt_tokens),
             str(result.num_cached_tokens),
             str(result.num_new_tokens),
@@ -47,18 +48,20 @@ def print_table(results: Sequence[TurnResult], console: Console) -> None:
 
 
 def summary(results: Sequence[TurnResult]) -> str:
-    """What the table shows, in three lines."""
-    cold = [r.ttft_s for r in results if r.work_class == "cold_prefill"]
-    resumed = [r.ttft_s for r in results if r.work_class == "resume_prefill"]
+    """What the table shows, in words."""
+    first = [r.ttft_s for r in results if r.turn == 1]
+    later = [r.ttft_s for r in results if r.turn > 1]
     prompt = sum(r.num_prompt_tokens for r in results)
     cached = sum(r.num_cached_tokens for r in results)
     lines = [f"{cached} of {prompt} prompt tokens ({cached / prompt:.0%}) came from the prefix cache."]
-    if cold and resumed:
-        ratio = statistics.median(cold) / statistics.median(resumed)
+    if later:
+        ratio = statistics.median(first) / statistics.median(later)
         lines.append(
-            f"Median TTFT: cold {statistics.median(cold) * 1e3:.0f} ms, resumed "
-            f"{statistics.median(resumed) * 1e3:.0f} ms ({ratio:.1f}x less)."
+            f"Median time to first token: first turns {statistics.median(first) * 1e3:.0f} ms, later turns "
+            f"{statistics.median(later) * 1e3:.0f} ms ({ratio:.1f} times faster)."
         )
+    if sum(r.work_class == "cold_prefill" for r in results) < len(first):
+        lines.append("The shared system prompt was read once: agents that came while it was read waited for it.")
     own = sum(r.by_model for r in results)
     lines.append(f"The model named the tool itself in {own} of {len(results)} turns; else the plan's tool ran (*).")
     return "\n".join(lines)
@@ -71,9 +74,7 @@ def plot_timeline(results: Sequence[TurnResult], path: Path, caption: str) -> No
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.9 * len(agents)), layout="constrained")
     for result in results:
         row = agents.index(result.agent)
-        sent, first, last = (
-            t - start_s for t in (result.sent_s, result.chunk_times_s[0], result.chunk_times_s[-1])
-        )
+        sent, first, last = (t - start_s for t in (result.sent_s, result.chunk_times_s[0], result.chunk_times_s[-1]))
         axes.barh(row, first - sent, left=sent, height=0.5, color=COLORS.get(result.work_class, "0.6"))
         axes.barh(row, last - first, left=first, height=0.5, color=COLORS["decode"], alpha=0.35)
         ticks = [t - start_s for t in result.chunk_times_s]
@@ -111,11 +112,11 @@ def plot_turns(results: Sequence[TurnResult], path: Path, caption: str) -> None:
         below[column].set_xticks(x)
     above[0].set_ylabel("prompt tokens")
     below[0].set_ylabel("time to first token, ms")
-    above[-1].legend(frameon=False, fontsize=8, loc="lower right")
     for name in ("cold_prefill", "resume_prefill"):
-        below[-1].bar([0], [0], color=COLORS[name], label=name.replace("_", " "))
-    below[-1].legend(frameon=False, fontsize=8)
-    below[-1].set_xlim(left=0.4)
+        below[-1].bar([1], [0], color=COLORS[name], label=f"after a {name.replace('_', ' ')}")
+    below[0].margins(y=0.12)
+    handles = [*above[-1].get_legend_handles_labels()[0], *below[-1].get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Prefix reuse over the turns of three agents\n{caption}", fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)

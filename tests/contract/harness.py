@@ -1,4 +1,4 @@
-"""Executors under one handle, and builders of batches: what the contract suite and the executor tests share."""
+"""An executor under one handle, and builders of batches: what the contract suite and the executor tests share."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 
 from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
 from agentserve.core.clock import VirtualClock
-from agentserve.core.costmodel import CostModel
 from agentserve.core.executor import Executor
 from agentserve.core.request import SamplingParams, WorkClass
 from agentserve.core.slots import PartitionKind, SlotPartition
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from tests.core.builders import device_profile, model_shape
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_NUM_SEQS = 64, 4, 8
 _TIMEOUT_S = 60.0
@@ -41,9 +38,9 @@ class Harness:
     clock: VirtualClock
 
     def __post_init__(self) -> None:
-        self._woken = threading.Event()
+        self.woken = threading.Event()
         self._next_batch_id = 0
-        self.executor.on_completion(self._woken.set)
+        self.executor.on_completion(self.woken.set)
 
     def batch(self, chunks: Sequence[ScheduledChunk], lane: Lane = Lane.DECODE, **values: Any) -> Batch:
         """A batch on the whole device, with the next batch id."""
@@ -62,16 +59,21 @@ class Harness:
         """Runs until so many outputs have come, and checks that no other output came with them."""
         outputs: list[BatchOutput] = []
         while len(outputs) < num_outputs:
+            outputs += self.collect_some()
+        assert len(outputs) == num_outputs
+        return outputs
+
+    def collect_some(self) -> list[BatchOutput]:
+        """Runs until at least one output has come."""
+        while True:
             due_ns = self.executor.next_completion_ns()
             if due_ns is not None:
                 self.clock.advance_to(max(due_ns, self.clock.now_ns()))
-            self._woken.clear()
-            new = self.executor.poll(self.clock.now_ns())
-            outputs += new
-            if not new and due_ns is None:
-                assert self._woken.wait(_TIMEOUT_S), "no completion came"
-        assert len(outputs) == num_outputs
-        return outputs
+            self.woken.clear()
+            outputs = self.executor.poll(self.clock.now_ns())
+            if outputs:
+                return outputs
+            assert due_ns is not None or self.woken.wait(_TIMEOUT_S), "no completion came"
 
     def run(self, batch: Batch) -> BatchOutput:
         """Submits a batch and waits for its output."""
@@ -100,36 +102,3 @@ def chunk(
     num_blocks = -(-(start + len(token_ids)) // block_size)
     work_class = WorkClass.DECODE if start and len(token_ids) == 1 else WorkClass.COLD_PREFILL
     return ScheduledChunk(request_id, work_class, start, tuple(token_ids), tuple(block_ids[:num_blocks]), sample)
-
-
-def simulated() -> Harness:
-    """The simulated executor on a virtual clock."""
-    executor = SimulatedExecutor(
-        CostModel(device_profile(), model_shape()),
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        vocabulary=range(10, 150),
-    )
-    return Harness(executor, VirtualClock())
-
-
-def torch_cpu() -> Harness:
-    """The torch executor with a tiny model of random weights."""
-    # Imported here: the contract of the simulated executor must be testable without torch.
-    from agentserve.executors.pytorch.devices.cpu import CpuDevice
-    from agentserve.executors.pytorch.executor import TorchExecutor
-    from tests.executors.builders import tiny_llama
-
-    clock = TickingClock()
-    executor = TorchExecutor(
-        tiny_llama(),
-        CpuDevice(),
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        max_num_seqs=MAX_NUM_SEQS,
-        clock=clock,
-    )
-    return Harness(executor, clock)
-
-
-FACTORIES = {"simulated": simulated, "torch-cpu": torch_cpu}

@@ -10,6 +10,8 @@ from tests.models.builders import SMOLLM2, requires_smollm2
 from tests.text.builders import sentencepiece_tokenizer
 
 BYTES = ByteTokenizer()
+# SmolLM2's vocabulary lacks a few control characters and the bytes that begin planes 4 to 11.
+CHARACTERS = st.characters(min_codepoint=0x20, max_codepoint=0x3FFFF, exclude_categories=("Cs",))
 
 
 def pieces(tokenizer, token_ids, **options):
@@ -46,10 +48,10 @@ def test_pieces_add_up_to_the_whole_for_smollm2(smollm2, data):
 
 @pytest.mark.smollm2
 @requires_smollm2
-@given(text=st.text(max_size=30), extra=st.sampled_from(["", "🦙 Größe 中文", "👩‍👩‍👧‍👦"]))
+@given(text=st.text(CHARACTERS, max_size=30), extra=st.sampled_from(["", "🦙 Größe 中文", "👩‍👩‍👧‍👦"]))
 def test_text_survives_and_never_shows_half_a_character(smollm2, text, extra):
     text = extra + text
-    shown = pieces(smollm2, smollm2.encode(text))
+    shown = pieces(smollm2, smollm2.encode(text), skip_special_tokens=False)
     assert "".join(shown) == text
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in shown)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,7 +25,7 @@ def test_any_cut_gives_what_a_naive_search_finds(text, stops, cuts, include):
     matcher = StopStringMatcher(stops, include=include)
     places = [0, *sorted({min(cut, len(text)) for cut in cuts}), len(text)]
     shown, found = "", None
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in itertools.pairwise(places):
         safe, matched = matcher.push(text[start:end])
         shown += safe
         if matched is not None:

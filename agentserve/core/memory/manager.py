@@ -171,7 +171,6 @@ class MemoryManager:
         num_cached_tokens = len(path) * self.block_size
         for node in path:
             self._tree.acquire(node)
-        self._tree.touch(path)
         self._evict_until_free(num_new)
         holding = _Holding(salt, path, num_cached_tokens)
         holding.block_ids += self._pool.take(num_new)
@@ -234,7 +233,6 @@ class MemoryManager:
         path, _ = self._match(token_ids, salt, len(token_ids) // self.block_size)
         for node in path:
             self._tree.acquire(node)
-        self._tree.touch(path)
         self._last_lock_id += 1
         self._locks[self._last_lock_id] = path
         return PrefixLock(self._last_lock_id, len(path) * self.block_size)

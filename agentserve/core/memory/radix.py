@@ -43,7 +43,7 @@ class RadixNode:
         self.owner: str | None = None
         """The request that computes the block, None once it is ready."""
         self.last_access = 0
-        """Logical time of the last admission, end or lock that used the node."""
+        """Logical time at which a request or a lock let go of it last."""
         self.sequence = 0
         """Order of creation: the last word in every tie."""
         self.stamp = 0
@@ -115,7 +115,6 @@ class RadixTree:
         node = RadixNode(parent, key, salt, block_id)
         self._last_sequence += 1
         node.sequence = self._last_sequence
-        node.last_access = self._last_access
         node.owner = owner
         node.num_refs = 1
         parent.children[key] = node
@@ -141,7 +140,7 @@ class RadixTree:
                 self._push(node)
 
     def touch(self, path: Sequence[RadixNode]) -> None:
-        """Marks a path as used now. It must be held: the keys of evictable nodes are in the heap."""
+        """Marks a path as used now. For a holder that is about to release it: until then nothing can be evicted."""
         self._last_access += 1
         for node in path:
             node.last_access = self._last_access

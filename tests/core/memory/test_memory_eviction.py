@@ -117,6 +117,16 @@ def test_locked_prefixes_stay() -> None:
     assert memory.num_evicted_blocks == 3
 
 
+def test_the_end_of_a_lock_counts_as_use() -> None:
+    memory = MemoryManager(3, 2)
+    cache(memory, "a", [1, 1])
+    lock = memory.lock([1, 1])
+    cache(memory, "b", [2, 2])
+    memory.unlock(lock)
+    make_room(memory, 2)
+    assert [cached_tokens(memory, [n, n]) for n in (1, 2)] == [2, 0]
+
+
 def test_a_lock_holds_only_what_is_ready() -> None:
     memory = MemoryManager(4, 2)
     prompt = [1, 1, 2, 2, 3, 3]
@@ -165,15 +175,19 @@ def test_eviction_goes_across_salts_and_leaves_no_empty_roots() -> None:
 
 def test_a_cache_that_is_only_hit_does_not_grow_the_heap() -> None:
     tree = RadixTree(1)
-    leaf = tree.insert(None, None, (1,), 0, None)
-    tree.release(leaf)
+    leaves = [tree.insert(None, None, (block_id,), block_id, None) for block_id in range(7)]
+    for leaf in leaves:
+        tree.release(leaf)
     largest = 0
-    for _ in range(1000):
+    for hit in range(1000):
+        leaf = leaves[hit * hit % 7]  # 0, 1, 2 and 4, in an order that does not look like one
         tree.acquire(leaf)
         tree.touch([leaf])
         tree.release(leaf)
         largest = max(largest, len(tree._heap))
-    tree.check_invariants()
-    assert largest == 65  # 1 live entry + 64 stale ones: with one more they are cleaned up before the push
-    assert tree.evict() == 0
+        tree.check_invariants()
+    assert largest == 71  # 7 live entries + 64 stale ones: with one more they are cleaned up before the push
+    # 3, 5 and 6 were never hit. The last hits are 999 -> 4 (999 % 7 = 5, 25 % 7), 998 -> 2, 997 -> 2, 996 -> 4,
+    # 995 -> 1, 994 -> 0: by last use 0, 1, 2, 4.
+    assert [tree.evict() for _ in leaves] == [3, 5, 6, 0, 1, 2, 4]
     assert tree.num_cached == 0

@@ -29,6 +29,16 @@ class MemoryMachine(RuleBasedStateMachine):
 
     # ---- admission ----
 
+    @rule(prompts=st.lists(PROMPT, min_size=1, max_size=4), salt=SALT)
+    def serve(self, prompts: list[list[int]], salt: str | None) -> None:
+        """Short requests from admission to end: they fill the cache, use it and cause evictions."""
+        for prompt in prompts:
+            self._admit(prompt, salt, 0)
+            name = f"r{self.num_names}"
+            if name in self.model.requests:
+                self._advance(name, len(prompt))
+                self._free(name)
+
     @rule(prompt=PROMPT, salt=SALT, reserve=st.sampled_from([0, 0, 1, 3]))
     def admit(self, prompt: list[int], salt: str | None, reserve: int) -> None:
         self._admit(prompt, salt, reserve)
@@ -39,6 +49,14 @@ class MemoryMachine(RuleBasedStateMachine):
         """The same prompt, the next turn of a session, or a preempted request that comes back."""
         token_ids, salt = data.draw(st.sampled_from(self.seen))
         self._admit([*token_ids, *more], salt, 0)
+
+    @precondition(lambda self: self.model.requests)
+    @rule(data=st.data())
+    def admit_twin(self, data: st.DataObject) -> None:
+        """A prompt that ends with the block which another request computes next: both will compute it."""
+        request = self.model.requests[data.draw(st.sampled_from(sorted(self.model.requests)))]
+        end = (request.num_computed // self.model.size + 1) * self.model.size
+        self._admit(request.token_ids[:end], request.salt, 0)
 
     def _admit(self, prompt: list[int], salt: str | None, reserve: int) -> None:
         memory, model = self.memory, self.model
@@ -130,7 +148,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
         """The end, a cancel in the middle or a preemption: all the same from here."""
-        name = data.draw(st.sampled_from(sorted(self.model.requests)))
+        self._free(data.draw(st.sampled_from(sorted(self.model.requests))))
+
+    def _free(self, name: str) -> None:
         request = self.model.requests[name]
         self.seen.append((request.token_ids, request.salt))
         self.memory.free(name)

@@ -1,0 +1,21 @@
+"""The executors that the contract suite runs over."""
+
+from __future__ import annotations
+
+from agentserve.core.clock import VirtualClock
+from tests.contract.harness import BLOCK_SIZE, NUM_BLOCKS, Harness
+from tests.core import builders as core_builders
+from tests.executors.builders import torch_harness
+
+
+def simulated() -> Harness:
+    """The simulated executor on a virtual clock."""
+    return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE), VirtualClock())
+
+
+def torch_cpu() -> Harness:
+    """The torch executor with a tiny model of random weights."""
+    return torch_harness(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+
+FACTORIES = {"simulated": simulated, "torch-cpu": torch_cpu}
