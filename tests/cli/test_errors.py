@@ -12,6 +12,7 @@ from tests.models.builders import SMOLLM2, requires_smollm2, save_tiny_model
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()  # what making the input has written
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("agentserve: error: ")
@@ -21,9 +22,14 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+
+    async def serve(*_: object) -> None:
+        raise AssertionError("the daemon started")
+
+    monkeypatch.setattr("agentserve.cli.serve._serve", serve)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +49,7 @@ def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (["--executor", "simulated", "--gpu", "rtx-9999"], "no profile of a GPU named 'rtx-9999'"),
         (["--executor", "simulated", "--gpu", "rtx-a5000", "--model", "qwen3-32b"], "does not fit"),
         (["--executor", "simulated", "--model", "qwen2.5-7b", "-c", "999999"], "exceeds the 32768 tokens"),
-        (["--executor", "simulated", "--kv-cache-memory", "64MiB"], "fewer than the window"),
+        (["--executor", "simulated", "--kv-cache-memory", "64MiB", "-c", "8192"], "fewer than the window"),
         (["--executor", "simulated", "--kv-cache-memory", "1KiB"], "needs at least"),
         (["--executor", "cpu", "--model", "qwen2.5-7b"], "cannot serve qwen2.5-7b on the CPU"),
         (["one", "--model", "two"], "two models"),
