@@ -33,6 +33,8 @@ class Scheduler:
         self.in_flight: dict[Lane, Batch] = {}
         self._waits_for: dict[str, str] = {}
         """Waiting request -> the request that computes the prefix it needs; asked again when that one moves on."""
+        self._refused: tuple[str, int, int] | None = None
+        """Who got no memory, and the state of things then: asking again is not free for a long prompt."""
         self._ended: list[str] = []
         self._num_batches = 0
         self._decode_step_ns: int | None = None
@@ -44,6 +46,7 @@ class Scheduler:
 
     def prefix_moved(self, owner_id: str) -> None:
         """Blocks of `owner_id` became ready or vanished: those who wait for them may look again."""
+        self._refused = None
         if self._waits_for:
             self._waits_for = {w: owner for w, owner in self._waits_for.items() if owner != owner_id}
 
@@ -116,6 +119,9 @@ class Scheduler:
                 break
             if request.request_id in self._waits_for:
                 continue
+            state = (request.request_id, self._memory.num_available_blocks, len(self.running))
+            if state == self._refused:
+                break
             allocation = self._memory.allocate(
                 request.request_id,
                 request.token_ids,
@@ -124,6 +130,7 @@ class Scheduler:
                 reserve_blocks=len(self.running),
             )
             if allocation.outcome is AllocationOutcome.OUT_OF_BLOCKS:
+                self._refused = state
                 break
             if allocation.outcome is AllocationOutcome.PENDING_PREFIX:
                 assert allocation.pending_owner is not None

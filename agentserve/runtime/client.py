@@ -40,6 +40,8 @@ class StreamTokens:
     """Tokens that arrived since the last event: one, or several if the consumer is slower than the engine."""
 
     samples: tuple[TokenSample, ...]
+    times_ns: tuple[int, ...]
+    """When the engine had each of them, on the driver's clock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +79,7 @@ class _Mailbox:
     """What one stream has not read yet. Tokens merge, so a slow consumer costs one event, not thousands."""
 
     samples: list[TokenSample] = field(default_factory=list)
+    times_ns: list[int] = field(default_factory=list)
     progress: StreamProgress | None = None
     end: StreamEnd | None = None
     filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -117,8 +120,9 @@ class TokenStream:
         mailbox = self._mailbox
         await mailbox.filled.wait()
         if mailbox.samples:
-            event: StreamEvent = StreamTokens(tuple(mailbox.samples))
+            event: StreamEvent = StreamTokens(tuple(mailbox.samples), tuple(mailbox.times_ns))
             mailbox.samples.clear()
+            mailbox.times_ns.clear()
             mailbox.progress = None
         elif mailbox.progress is not None:
             event = mailbox.progress
@@ -245,7 +249,7 @@ class EngineClient:
         """Delivers the events of one or more steps to their streams. Called on the event loop."""
         for event in events:
             if isinstance(event, TokenGenerated):
-                self._deliver(event.request_id, sample=event.sample)
+                self._deliver(event.request_id, token=event)
             elif isinstance(event, PrefillProgress):
                 progress = StreamProgress(event.num_computed_tokens, event.num_total_tokens)
                 self._deliver(event.request_id, progress=progress)
@@ -267,7 +271,7 @@ class EngineClient:
         self,
         request_id: str,
         *,
-        sample: TokenSample | None = None,
+        token: TokenGenerated | None = None,
         progress: StreamProgress | None = None,
         end: StreamEnd | None = None,
     ) -> None:
@@ -275,8 +279,9 @@ class EngineClient:
         if stream is None:  # nobody listens any more; the cancel is on its way
             return
         mailbox = stream._mailbox
-        if sample is not None:
-            mailbox.samples.append(sample)
+        if token is not None:
+            mailbox.samples.append(token.sample)
+            mailbox.times_ns.append(token.at_ns)
         if progress is not None:
             mailbox.progress = progress
         if end is not None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agentserve.core.batch import TokenSample
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import EngineError
-from agentserve.runtime.client import StreamEnd, StreamEvent, StreamProgress, TokenStream
+from agentserve.runtime.client import StreamEnd, StreamEvent, StreamProgress, StreamTokens, TokenStream
 from agentserve.server.errors import ShuttingDownError
 from agentserve.server.observe import RequestObserver
 from agentserve.server.types import ChoiceFinished, GenerationEvent, Progress, TextDelta, TokenLogprob
@@ -57,16 +56,16 @@ class Choice:
             return []
         if isinstance(event, StreamProgress):
             return [Progress(self.index, event.num_computed_tokens, event.num_prompt_tokens)]
-        return self._push(event.samples)
+        return self._push(event)
 
     def abort(self) -> None:
         self._stream.finish(FinishReason.CANCELLED)
 
-    def _push(self, samples: tuple[TokenSample, ...]) -> list[GenerationEvent]:
+    def _push(self, event: StreamTokens) -> list[GenerationEvent]:
         pieces: list[str] = []
         logprobs: list[TokenLogprob] = []
         num_before = self.num_output_tokens
-        for sample in samples:
+        for sample in event.samples:
             self.num_output_tokens += 1
             if sample.token_id in self._sampling.stop_token_ids:
                 break  # ends the generation and is not part of the text
@@ -76,7 +75,7 @@ class Choice:
             if self._stopped:
                 self._stream.finish(FinishReason.STOP)
                 break
-        self._observer.tokens(self.index, self.num_output_tokens - num_before)
+        self._observer.tokens(self.index, event.times_ns[: self.num_output_tokens - num_before])
         return self._delta("".join(pieces), logprobs)
 
     def _end(self, end: StreamEnd) -> list[GenerationEvent]:

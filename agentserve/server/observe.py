@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from agentserve.core.events import RequestStats
@@ -17,7 +17,7 @@ logger = logging.getLogger("agentserve.request")
 @dataclass(slots=True)
 class _Choice:
     num_tokens: int = 0
-    last_tokens_ns: int | None = None
+    last_token_ns: int | None = None
     stats: RequestStats | None = None
     outcome: str = "cancelled"
 
@@ -26,9 +26,8 @@ class _Choice:
 class RequestObserver:
     """Collects while a generation runs; `close` writes. Used on the event loop only.
 
-    Times are taken where tokens reach the server's stream, so they hold the hop from the engine thread and the
-    waiting for a client that reads slowly. Definitions follow vLLM: the first token counts from the arrival of the
-    HTTP request, and a gap between two arrivals is shared by the tokens of the second.
+    Tokens have the times at which the engine had them, so a client that reads slowly does not change a metric. The
+    first token counts from the arrival of the HTTP request (vLLM's definition), a gap is between two tokens.
     """
 
     metrics: ServerMetrics
@@ -41,21 +40,20 @@ class RequestObserver:
     worst_gap_ns: int = 0
     _choices: dict[int, _Choice] = field(default_factory=dict)
 
-    def tokens(self, choice: int, num_tokens: int) -> None:
-        """`num_tokens` new tokens of a choice have arrived."""
-        now_ns = self.clock_ns()
+    def tokens(self, choice: int, times_ns: Sequence[int]) -> None:
+        """New tokens of a choice; `times_ns` says when the engine had each of them."""
         seen = self._choices.setdefault(choice, _Choice())
-        if self.first_token_ns is None:
-            self.first_token_ns = now_ns
-        if seen.last_tokens_ns is None:
-            self.metrics.time_to_first_token.observe((now_ns - self.arrival_ns) / 1e9)
-        else:
-            gap_ns = now_ns - seen.last_tokens_ns
-            self.worst_gap_ns = max(self.worst_gap_ns, gap_ns)
-            for _ in range(num_tokens):
-                self.metrics.inter_token_latency.observe(gap_ns / num_tokens / 1e9)
-        seen.last_tokens_ns = now_ns
-        seen.num_tokens += num_tokens
+        for time_ns in times_ns:
+            if seen.last_token_ns is None:
+                self.metrics.time_to_first_token.observe((time_ns - self.arrival_ns) / 1e9)
+            else:
+                gap_ns = time_ns - seen.last_token_ns
+                self.worst_gap_ns = max(self.worst_gap_ns, gap_ns)
+                self.metrics.inter_token_latency.observe(gap_ns / 1e9)
+            seen.last_token_ns = time_ns
+        if self.first_token_ns is None and times_ns:
+            self.first_token_ns = times_ns[0]
+        seen.num_tokens += len(times_ns)
 
     def ended(self, choice: int, reason: FinishReason, stats: RequestStats) -> None:
         """A choice has had its terminal event."""

@@ -14,7 +14,7 @@ from rich.table import Table
 from bench.demo.agents import TurnResult
 
 mpl.use("Agg")  # no display is needed or looked for
-import matplotlib.pyplot as plt  # noqa: E402 - the backend has to be chosen first
+import matplotlib.pyplot as plt
 
 COLORS = {"cold_prefill": "#d1495b", "resume_prefill": "#edae49", "decode": "#30638e"}
 

@@ -6,8 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from agentserve.core.batch import Batch, Lane, TokenSample
-from agentserve.core.batch import BatchOutput
+from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.engine import StepResult
 from agentserve.core.events import Command, EndRequest, RequestFinished, TokenGenerated
 from agentserve.core.request import FinishReason
