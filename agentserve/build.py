@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from agentserve.config import EngineConfig, ServeConfig
-from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
+from agentserve.core.costmodel import CostModel, ModelShape
 from agentserve.core.executor import Capabilities, Executor
 from agentserve.errors import ConfigError, ModelError
 from agentserve.executors.simulated.executor import SimulatedExecutor
@@ -78,29 +78,39 @@ def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
     Raises ConfigError or ModelError, each with one clear sentence.
     """
     source, kind, notes = _choose(config)
-    builder = _build_cpu if kind == "cpu" else _build_simulated
-    executor, model_config, tokenizer, chat_template, more_notes = builder(config, source, report)
+    parts = (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report)
     try:
-        return _assemble(config, source, executor, model_config, tokenizer, chat_template, (*notes, *more_notes))
+        return _assemble(config, source.name, parts, notes)
     except BaseException:
-        executor.close()
+        parts.executor.close()
         raise
 
 
-def _assemble(
-    config: ServeConfig,
-    source: ModelSource,
-    executor: Executor,
-    model_config: ModelConfig,
-    tokenizer: Tokenizer,
-    chat_template: ChatTemplate | None,
-    notes: tuple[str, ...],
-) -> Engine:
-    capabilities = executor.capabilities()
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The text side of a model."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What depends on the kind of executor."""
+
+    executor: Executor
+    model_config: ModelConfig
+    text: _Text
+    notes: tuple[str, ...] = ()
+
+
+def _assemble(config: ServeConfig, name: str, parts: _Parts, notes: tuple[str, ...]) -> Engine:
+    capabilities = parts.executor.capabilities()
     engine_config = EngineConfig(
         num_blocks=capabilities.num_blocks,
         block_size=capabilities.block_size,
-        max_model_len=_window(config, model_config, capabilities),
+        max_model_len=_window(config, parts.model_config, capabilities),
         max_num_seqs=config.max_num_seqs,
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
@@ -112,13 +122,13 @@ def _assemble(
         compute_units=capabilities.compute_units,
         unit_granularity=capabilities.unit_granularity,
         min_units=capabilities.min_units,
-        model=source.name,
+        model=name,
         executor=capabilities.name,
     )
     bridge = EventBridge()
     driver = LiveDriver(
         build_core(header),
-        executor,
+        parts.executor,
         MonotonicClock(),
         on_events=bridge.on_events,
         on_failure=bridge.on_failure,
@@ -128,16 +138,16 @@ def _assemble(
         driver, max_model_len=engine_config.max_model_len, max_queued_requests=config.max_num_queued_reqs
     )
     return Engine(
-        model_name=config.served_model_name or source.name,
-        model_config=model_config,
+        model_name=config.served_model_name or name,
+        model_config=parts.model_config,
         capabilities=capabilities,
         engine_config=engine_config,
         client=client,
         driver=driver,
         bridge=bridge,
-        tokenizer=tokenizer,
-        chat_template=chat_template,
-        notes=notes,
+        tokenizer=parts.text.tokenizer,
+        chat_template=parts.text.chat_template,
+        notes=(*notes, *parts.notes, *parts.text.notes),
     )
 
 
@@ -193,9 +203,6 @@ def _window(config: ServeConfig, model_config: ModelConfig, capabilities: Capabi
     return min(limit, capabilities.num_blocks * capabilities.block_size)
 
 
-_Parts = tuple[Executor, ModelConfig, Tokenizer, "ChatTemplate | None", tuple[str, ...]]
-
-
 def _num_blocks(pool_bytes: int, block_bytes: int) -> int:
     if pool_bytes < block_bytes:
         raise ConfigError(
@@ -215,7 +222,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
     model: DecoderModel = load_model(
         source, dtype=config.dtype, load_format=config.load_format, seed=config.seed, report=report
     )
-    tokenizer, chat_template, notes = _text_side(source, report)
+    text = _text_side(source, report)
     block_bytes = kv_bytes_per_block(model.config, "float32", config.block_size)
     pool_bytes = config.kv_cache_memory
     if pool_bytes is None:
@@ -228,7 +235,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         max_num_seqs=config.max_num_seqs,
         clock=MonotonicClock(),
     )
-    return executor, model.config, tokenizer, chat_template, notes
+    return _Parts(executor, model.config, text)
 
 
 # ---- simulated timing ----
@@ -245,18 +252,14 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
             f"{source.name} ({shape.weight_bytes / 2**30:.1f} GiB of weights) does not fit a {profile.description} "
             f"with {profile.memory_bytes / 2**30:.0f} GiB"
         )
-    tokenizer, chat_template, notes = _text_side(source, report)
+    text = _text_side(source, report)
     executor = SimulatedExecutor(
         CostModel(profile, shape),
         num_blocks=_num_blocks(pool_bytes, shape.kv_bytes_per_token * config.block_size),
         block_size=config.block_size,
-        vocabulary=tokenizer.encode(_SIMULATED_TEXT),
+        vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
     )
-    return executor, source.config, tokenizer, chat_template, (_profile_note(profile), *notes)
-
-
-def _profile_note(profile: DeviceProfile) -> str:
-    return f"timing of {profile.description} is {profile.provenance}"
+    return _Parts(executor, source.config, text, (f"timing of {profile.description} is {profile.provenance}",))
 
 
 def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
@@ -274,22 +277,20 @@ def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
     )
 
 
-def _text_side(
-    source: ModelSource, report: Callable[[str], None]
-) -> tuple[Tokenizer, ChatTemplate | None, tuple[str, ...]]:
+def _text_side(source: ModelSource, report: Callable[[str], None]) -> _Text:
     """Tokenizer and template of the model; for one without files a stand-in, and a note that says so."""
     if source.path is not None:
         report(f"loading the tokenizer of {source.name}")
         tokenizer = load_tokenizer(source)
-        return tokenizer, load_chat_template(source, tokenizer), ()
+        return _Text(tokenizer, load_chat_template(source, tokenizer))
     try:
         stand_in = resolve_model(CPU_DEFAULT_MODEL)
         if stand_in.path is not None:
             tokenizer = load_tokenizer(stand_in)
             note = f"there is no tokenizer of {source.name} here: that of {stand_in.name} stands in"
-            return tokenizer, load_chat_template(stand_in, tokenizer), (note,)
+            return _Text(tokenizer, load_chat_template(stand_in, tokenizer), (note,))
     except ModelError as error:
         logger.warning("the tokenizer of %s cannot be used: %s", CPU_DEFAULT_MODEL, error)
     byte_tokenizer = ByteTokenizer()
     note = f"there is no tokenizer of {source.name} here: each byte counts as a token"
-    return byte_tokenizer, load_chat_template(None, byte_tokenizer), (note,)
+    return _Text(byte_tokenizer, load_chat_template(None, byte_tokenizer), (note,))

@@ -60,9 +60,10 @@ def get_json(url: str) -> dict[str, object]:
 def test_the_default_daemon_answers_and_resumes(tmp_path: Path) -> None:
     recording = tmp_path / "run.jsonl"
     system = "You are a helpful assistant. " + " ".join(f"Rule {i}: answer briefly and politely." for i in range(60))
-    with daemon(tmp_path, "--record", str(recording)) as (url, _), openai.OpenAI(
-        base_url=f"{url}/v1", api_key="none"
-    ) as client:
+    with (
+        daemon(tmp_path, "--record", str(recording)) as (url, _),
+        openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client,
+    ):
         assert get_json(f"{url}/health")["executor"] == "cpu"
         messages = [
             {"role": "system", "content": system},

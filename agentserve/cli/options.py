@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,7 +57,7 @@ def _config_path(given: str | None, env: Mapping[str, str]) -> Path | None:
     asked = given or env.get("AGENTSERVE_CONFIG")
     if asked:
         return Path(asked)
-    base = Path(env["XDG_CONFIG_HOME"]) if env.get("XDG_CONFIG_HOME") else Path(os.path.expanduser("~/.config"))
+    base = Path(env.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
     usual = (base / "agentserve" / "config.toml", Path("/etc/agentserve/config.toml"))
     return next((path for path in usual if path.is_file()), None)
 

@@ -61,9 +61,7 @@ def check_address(config: ServeConfig) -> None:
     """Refuses an unsafe address before a model is loaded for it. Raises ConfigError."""
     from agentserve.server.state import ServerOptions
 
-    ServerOptions(
-        model_name="", executor="", host=config.host, api_key=config.api_key, insecure=config.insecure
-    )
+    ServerOptions(model_name="", executor="", host=config.host, api_key=config.api_key, insecure=config.insecure)
 
 
 def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:

@@ -38,7 +38,7 @@ calculate[expression]
     Example: Action: calculate[(30 + 12) * 2]
 
 Rules
-1. Write "Thought:" and one sentence. Then write "Action:" and one tool with its argument in square brackets. Stop there.
+1. Write "Thought:" and one sentence. Then write "Action:" and one tool with its argument in square brackets. Stop.
 2. The user answers with "Observation:" and the result of the tool. Never write an observation yourself.
 3. Use only the four tools above. Never invent a file name: list the directory first.
 4. Do not repeat an action whose result you have seen. If a tool reports an error, try something else.

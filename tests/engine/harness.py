@@ -48,4 +48,3 @@ def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest
                 assert woken.wait(60), "the executor is silent"
                 woken.clear()
     return run
-

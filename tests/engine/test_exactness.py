@@ -113,9 +113,7 @@ def smollm2() -> Subject:
             tie_word_embeddings=True,
         )
     ).eval()
-    weights = GGUFWeights(
-        read_gguf_header(source.path), config, dtype=torch.float32, device=torch.device("cpu")
-    )
+    weights = GGUFWeights(read_gguf_header(source.path), config, dtype=torch.float32, device=torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
             parameter.copy_(weights.get(name, *parameter.shape))
@@ -202,9 +200,7 @@ def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchEx
     run = drive(core, executor, first)
     # The second turn: all of the first one, and something new.
     turns = [(*r.prompt_token_ids, *run.tokens[r.request_id], *r.prompt_token_ids[:9]) for r in first]
-    second = [
-        SubmitRequest(f"second-{index}", turn, first[index].sampling) for index, turn in enumerate(turns)
-    ]
+    second = [SubmitRequest(f"second-{index}", turn, first[index].sampling) for index, turn in enumerate(turns)]
     again = drive(core, executor, second)
     for request, before in zip(second, first, strict=True):
         stats = again.ends[request.request_id].stats
