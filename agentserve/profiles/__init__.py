@@ -22,8 +22,8 @@ def load_profile(name: str) -> DeviceProfile:
     known = available_profiles()
     if wanted not in known:
         close = difflib.get_close_matches(wanted, known, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ConfigError(f"no profile of a GPU named {name!r}{hint} There are: {', '.join(known)}")
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise ConfigError(f"no profile of a GPU named {name!r}{hint}; there are {', '.join(known)}")
     fields = json.loads((resources.files(__package__) / f"{wanted}.json").read_text(encoding="utf-8"))
     fields["bandwidth_bytes_per_s"] *= fields.pop("bandwidth_efficiency")
     fields["flops_per_s"] *= fields.pop("flops_efficiency")

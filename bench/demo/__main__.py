@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
+import os
+import platform
 import re
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
+import psutil
 from openai import AsyncOpenAI
 from rich.console import Console
 
@@ -99,7 +103,36 @@ def write_report(base_url: str, results: list[TurnResult], out: Path, console: C
     )
     plot_timeline(results, out / "timeline.png", caption)
     plot_turns(results, out / "turns.png", caption)
-    console.print(f"Pictures: {out / 'timeline.png'}, {out / 'turns.png'}; the daemon's log: {out / 'daemon.log'}")
+    conditions = {
+        "command": "scripts/demo " + " ".join(sys.argv[1:]),
+        "commit": commit(),
+        "machine": machine(),
+        **health,
+    }
+    record = {"conditions": conditions, "turns": [dataclasses.asdict(result) for result in results]}
+    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    console.print(f"Written to {out}: timeline.png, turns.png, results.json, daemon.log", highlight=False)
+
+
+def commit() -> str:
+    """The checkout's commit, with a plus sign if something has been changed since."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"  # not a checkout, or no git
+
+
+def machine() -> str:
+    """The processor in words, its cores and the memory."""
+    memory_gib = psutil.virtual_memory().total / 2**30
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
 
 
 def print_how_to_talk(base_url: str, pid: int, console: Console) -> None:

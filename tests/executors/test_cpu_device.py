@@ -46,10 +46,6 @@ def elementwise() -> None:
         torch.ones(1_000_000).exp_()
 
 
-def allowed(thread_id: int) -> set[int]:
-    return os.sched_getaffinity(thread_id)
-
-
 def thread_ids() -> set[int]:
     return {int(path.name) for path in Path("/proc/self/task").iterdir()}
 
@@ -63,6 +59,13 @@ def cpu_ticks() -> dict[int, int]:
     return ticks
 
 
+def cores_of(slot: CpuSlot) -> list[set[int]]:
+    """The affinity of each thread of the slot, its own first."""
+    name, own = call(slot, threading.current_thread).name, call(slot, threading.get_native_id)
+    named = {t for t in thread_ids() if Path(f"/proc/self/task/{t}/comm").read_text().strip() == name}
+    return [os.sched_getaffinity(own), *(os.sched_getaffinity(thread) for thread in sorted(named - {own}))]
+
+
 def team_of(slot: CpuSlot, work: Callable[[], None] = multiply) -> set[int]:
     """The threads that used the processor while the slot worked for about fifteen clock ticks."""
     own = call(slot, threading.get_native_id)
@@ -74,15 +77,18 @@ def team_of(slot: CpuSlot, work: Callable[[], None] = multiply) -> set[int]:
 
 
 @needs_affinity
-def test_decode_takes_the_low_cores_and_prefill_the_high_ones():
+@needs_proc
+def test_decode_takes_the_low_cores_and_prefill_the_high_ones_one_for_each_thread():
     cores = sorted(os.sched_getaffinity(0))
     device = CpuDevice()
     total = device.compute_units
     assert total == len(cores)
     for units in range(1, total + 1):
-        decode = call(device.slot(Lane.DECODE, units), lambda: os.sched_getaffinity(0))
-        prefill = call(device.slot(Lane.PREFILL, units), lambda: os.sched_getaffinity(0))
-        assert (decode, prefill) == (set(cores[:units]), set(cores[total - units :]))
+        decode, prefill = device.slot(Lane.DECODE, units), device.slot(Lane.PREFILL, units)
+        decode.run(multiply)
+        prefill.run(multiply)
+        assert cores_of(decode) == [{core} for core in cores[:units]]
+        assert cores_of(prefill) == [{core} for core in cores[::-1][:units]]
     # The calling thread was left alone.
     assert sorted(os.sched_getaffinity(0)) == cores
     device.close()
@@ -98,6 +104,8 @@ def test_respects_the_cores_that_the_process_may_use():
         os.sched_setaffinity(0, cores)
     assert device.compute_units == 1
     assert call(device.slot(Lane.PREFILL, 1), lambda: os.sched_getaffinity(0)) == {min(cores)}
+    with pytest.raises(EngineError, match="no slot of 2 cores"):
+        device.slot(Lane.PREFILL, 2)
     device.close()
 
 
@@ -139,24 +147,32 @@ def test_a_lone_lane_uses_all_cores_again_after_it_was_split(device, work):
     whole, split = device.slot(Lane.DECODE, len(cores)), device.slot(Lane.DECODE, 1)
     assert len(team_of(whole, work)) == len(cores)
     assert len(team_of(split, work)) == 1
-    team = team_of(whole, work)
-    assert len(team) == len(cores)
-    assert all(allowed(thread) == cores for thread in team)
+    assert len(team_of(whole, work)) == len(cores)
+    assert set().union(*cores_of(whole)) == cores
 
 
 @needs_affinity
 @needs_proc
 @needs_two_cores
-def test_every_thread_of_a_slot_stays_on_its_cores(device):
-    cores = sorted(os.sched_getaffinity(0))
-    before = thread_ids()
-    slots = [device.slot(Lane.DECODE, len(cores)), device.slot(Lane.DECODE, 1), device.slot(Lane.PREFILL, 1)]
-    for slot in slots:
-        slot.run(multiply)
-    masks = [allowed(thread) for thread in thread_ids() - before]
-    # A team on all cores, and one thread at either end.
-    expected = [set(cores)] * len(cores) + [{cores[0]}, {cores[-1]}]
-    assert sorted(masks, key=sorted) == sorted(expected, key=sorted)
+def test_the_team_stays_the_same_threads(device):
+    """A thread that were started later would inherit the one core of the thread that leads the team."""
+    slot = device.slot(Lane.DECODE, device.compute_units)
+    slot.run(multiply)
+    before = cores_of(slot), thread_ids()
+
+    def mixed_sizes() -> None:
+        with torch.inference_mode():
+            for size in (4, 64, 300):
+                square = torch.ones(size, size)
+                packed = torch.ops.mkldnn._reorder_linear_weight(square, None)
+                torch.mm(square, square)
+                torch.ops.mkldnn._linear_pointwise(square[:3], packed, None, "none", [], "")
+                heads = square.view(1, 2, -1, 4)
+                torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+                torch.ones(8, size * 100).topk(10)
+
+    slot.run(mixed_sizes)
+    assert (cores_of(slot), thread_ids()) == before
 
 
 def test_errors_come_out_where_the_work_was_given_in(device):
