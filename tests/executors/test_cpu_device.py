@@ -72,8 +72,9 @@ def team_of(slot: CpuSlot, work: Callable[[], None] = multiply) -> set[int]:
     before = cpu_ticks()
     while cpu_ticks()[own] - before[own] < 15:
         slot.run(lambda: [work() for _ in range(10)])
-    # A clock tick may hit a thread that does next to nothing.
-    return {thread for thread, ticks in cpu_ticks().items() if ticks - before.get(thread, 0) > 3}
+    # A clock tick may hit a thread that does next to nothing, and reading the ticks of many threads is work, too.
+    used = {thread for thread, ticks in cpu_ticks().items() if ticks - before.get(thread, 0) > 3}
+    return used - {threading.get_native_id()}
 
 
 @needs_affinity

@@ -12,6 +12,7 @@ seconds while another was idle, and a team is as slow as its slowest member.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -73,6 +74,9 @@ class CpuDevice:
         return self._cores[:units] if lane is Lane.DECODE else self._cores[::-1][:units]
 
 
+_NUMBERS = itertools.count()
+
+
 class CpuSlot:
     """A thread and its team of workers, one on each of the slot's cores."""
 
@@ -82,8 +86,9 @@ class CpuSlot:
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._done = threading.Semaphore(0)
         self._error: BaseException | None = None
-        # The system truncates names of threads to 15 characters.
-        self._name = f"as-{lane.value}-{self.units}"
+        # The system truncates names of threads to 15 characters. The number tells this slot from former ones, whose
+        # workers may still be about to end.
+        self._name = f"as-{lane.value[:3]}-{self.units}-{next(_NUMBERS)}"
         self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
         self._thread.start()
 
