@@ -223,7 +223,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         source, dtype=config.dtype, load_format=config.load_format, seed=config.seed, report=report
     )
     text = _text_side(source, report)
-    block_bytes = kv_bytes_per_block(model.config, "float32", config.block_size)
+    block_bytes = kv_bytes_per_block(model.config, model.dtype, config.block_size)
     pool_bytes = config.kv_cache_memory
     if pool_bytes is None:
         pool_bytes = min(_CPU_KV_LIMIT, int(psutil.virtual_memory().available * _CPU_KV_SHARE))

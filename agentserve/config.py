@@ -214,7 +214,9 @@ class ServeConfig:
         0.5, share, "share of the device for decode while both lanes are busy", section="scheduler"
     )
     block_size: int = _option(16, positive_int, "tokens in a KV block", section="cache")
-    kv_cache_memory: int | None = _option(None, size_bytes, "memory for the KV cache, such as 2GiB", section="cache")
+    kv_cache_memory: int | None = _option(
+        None, size_bytes, "memory for the KV cache, such as 2GiB; the CPU may use as much again", section="cache"
+    )
     prefix_caching: bool = _option(True, boolean, "reuse the KV of shared prefixes", section="cache")
     seed: int = _option(0, non_negative_int, "seed of dummy weights", section="model")
     record: str | None = _option(None, str, "write the input log of the control plane to FILE", section="logging")

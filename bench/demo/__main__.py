@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_args()
     console = Console()
     if not console.is_terminal:
-        console = Console(width=140)  # a pipe has no width; the table needs this much
+        console = Console(width=150)  # a pipe has no width; the table needs this much
     arguments.out.mkdir(parents=True, exist_ok=True)
     log_path = arguments.out / "daemon.log"
     console.print("Starting the daemon: [bold]agentserve serve[/] (its embedded default: SmolLM2-135M on the CPU)")
@@ -80,7 +80,7 @@ async def drive(base_url: str, arguments: argparse.Namespace, console: Console) 
         console.print(
             f"  {result.agent:<11} turn {result.turn}: {result.num_prompt_tokens:>5} prompt tokens, "
             f"{result.num_cached_tokens:>5} cached, first token after {result.ttft_s * 1e3:>5.0f} ms  "
-            f"-> {result.action[:60]}",
+            f"-> {result.action[0]}[{result.action[1][:50]}]",
             highlight=False,
             markup=False,
         )

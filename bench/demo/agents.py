@@ -38,40 +38,36 @@ calculate[expression]
     Example: Action: calculate[(30 + 12) * 2]
 
 Rules
-1. Write "Thought:" and one sentence. Then write "Action:" and one tool with its argument in square brackets. Stop.
+1. Write "Thought:" and one sentence, then "Action:" and one tool with its argument in square brackets, all in one line.
 2. The user answers with "Observation:" and the result of the tool. Never write an observation yourself.
 3. Use only the four tools above. Never invent a file name: list the directory first.
 4. Do not repeat an action whose result you have seen. If a tool reports an error, try something else.
 5. Do not write code, and do not explain the tools to the user.
-6. When you know the answer, write "Answer:" and the answer in one sentence instead of an action.
-
-A complete example
-Question: How many directories are there in the project?
-Thought: I have to see what is in the root directory.
-Action: list_files[.]
-Observation: LICENSE
-README.md
-docs/
-src/
-Thought: Two of the four names end with a slash, so there are two directories.
-Answer: There are two directories, docs and src.
-
-Another example
-Question: How large is a block of 16 tokens with 40 bytes each?
-Thought: This is a multiplication.
-Action: calculate[16 * 40]
-Observation: 640
-Thought: The tool gave the result.
-Answer: A block of 16 tokens takes 640 bytes.
 """
+
+EXAMPLES = (
+    ("Question: Which programs are in the project?", "Thought: I start at the root. Action: list_files[.]"),
+    ("Observation: LICENSE\ndocs/\nsrc/", "Thought: The programs must be in src. Action: list_files[src]"),
+    ("Observation: main.py\nutil.py", "Thought: The main program comes first. Action: read_file[src/main.py]"),
+    ("Observation: import util\nutil.run()", "Thought: It calls run. Action: search[def run]"),
+    ("Observation: src/util.py:12: def run():", "Thought: Now I read that file. Action: read_file[src/util.py]"),
+    (
+        "Question: How large are 12 blocks of 16 tokens with 40 bytes each?",
+        "Thought: I multiply the three numbers. Action: calculate[12 * 16 * 40]",
+    ),
+    ("Observation: 7680", "Thought: I want it in kilobytes. Action: calculate[7680 / 1024]"),
+    ("Question: Where is the class Batch defined?", "Thought: I search for it. Action: search[class Batch]"),
+    ("Observation: src/batch.py:7: class Batch:", "Thought: I read the file. Action: read_file[src/batch.py]"),
+)
+"""Turns of other sessions: a tiny model follows examples better than rules. Every session starts with them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A question, and the tool calls of somebody who knows the project.
 
-    The demo's model is tiny. When its reply names no tool, the agent takes the next call of the plan instead, so that
-    every session has real observations; the table says how often that happened.
+    The demo's model is tiny. When its reply names no tool, or a call whose result it has seen, the agent takes the next
+    call of the plan instead, so that every session moves on; the table says how often that happened.
     """
 
     agent: str
@@ -128,9 +124,10 @@ class TurnResult:
     num_output_tokens: int
     sent_s: float
     chunk_times_s: tuple[float, ...]
-    action: str
+    action: tuple[str, str]
+    """The tool that ran, and its argument."""
     by_model: bool
-    """Whether the model itself named the tool that ran."""
+    """Whether the model itself named them."""
 
     @property
     def num_new_tokens(self) -> int:
@@ -165,17 +162,18 @@ class Agent:
     max_tokens: int
     on_turn: Callable[[TurnResult], None]
     messages: list[dict[str, str]] = field(default_factory=list)
+    done: set[tuple[str, str]] = field(default_factory=set)
 
     async def run(self, num_turns: int) -> None:
-        self.messages = [
-            {"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": f"Question: {self.task.question}"},
-        ]
+        self.messages = [{"role": "system", "content": SYSTEM_PROMPT}]
+        for question, action in EXAMPLES:
+            self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": action}]
+        self.messages.append({"role": "user", "content": f"Question: {self.task.question}"})
         for turn in range(num_turns):
             result, reply = await self._turn(turn)
             self.on_turn(result)
-            tool, argument = result.action.rstrip("]").split("[", 1)
-            observation = self.tools.run(tool, argument)
+            self.done.add(result.action)
+            observation = self.tools.run(*result.action)
             # The reply goes back as it came, so the next prompt starts with everything that is cached by now.
             self.messages.append({"role": "assistant", "content": reply})
             self.messages.append({"role": "user", "content": f"Observation: {observation}"})
@@ -187,7 +185,7 @@ class Agent:
             messages=self.messages,  # type: ignore[arg-type]
             max_tokens=self.max_tokens,
             temperature=0.0,
-            stop=["Observation:"],
+            stop=["\n"],
             stream=True,
             stream_options={"include_usage": True},
             extra_headers={"X-Session-ID": self.task.agent},
@@ -202,7 +200,7 @@ class Agent:
         assert usage is not None and usage.prompt_tokens_details is not None
         extension = (usage.model_extra or {}).get("agentserve", {})
         chosen = parse_action(text, self.tools.names)
-        tool, argument = chosen or self.task.plan[turn % len(self.task.plan)]
+        by_model = chosen is not None and chosen not in self.done
         result = TurnResult(
             agent=self.task.agent,
             turn=turn + 1,
@@ -212,7 +210,7 @@ class Agent:
             num_output_tokens=usage.completion_tokens,
             sent_s=sent_s,
             chunk_times_s=tuple(times) or (time.monotonic(),),
-            action=f"{tool}[{argument}]",
-            by_model=chosen is not None,
+            action=chosen if chosen is not None and by_model else self.task.plan[turn % len(self.task.plan)],
+            by_model=by_model,
         )
         return result, text

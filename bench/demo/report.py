@@ -63,7 +63,7 @@ def summary(results: Sequence[TurnResult]) -> str:
     if sum(r.work_class == "cold_prefill" for r in results) < len(first):
         lines.append("The shared system prompt was read once: agents that came while it was read waited for it.")
     own = sum(r.by_model for r in results)
-    lines.append(f"The model named the tool itself in {own} of {len(results)} turns; else the plan's tool ran (*).")
+    lines.append(f"The model named the tool itself in {own} of {len(results)} turns; else a plan's tool ran (*).")
     return "\n".join(lines)
 
 
@@ -123,7 +123,8 @@ def plot_turns(results: Sequence[TurnResult], path: Path, caption: str) -> None:
 
 
 def _short_action(result: TurnResult) -> str:
-    text = result.action if len(result.action) <= 34 else result.action[:31] + "..."
+    text = "{}[{}]".format(*result.action)
+    text = text if len(text) <= 40 else text[:37] + "..."
     return text if result.by_model else text + " *"
 
 

@@ -6,18 +6,16 @@ for life; one thread that moved between slots would therefore leave workers behi
 lane, or drag them along to a slot that is meant to be the whole device. With a thread per slot no affinity ever
 changes, and choosing another slot is choosing another thread.
 
-Within a slot each thread of the team gets one core. Left to the scheduler, two of them were seen to share a core for
-seconds while another was idle, and a team is as slow as its slowest member.
+Within a slot the scheduler may move the threads. One core for each was seen to be no faster on an idle machine and
+usually slower beside another busy process, which a thread that may move gets out of the way of.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from queue import SimpleQueue
 
 import torch
@@ -30,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 _ELEMENTS_PER_THREAD = 1 << 16
 """An elementwise operation with so many elements for each thread is computed by all of them."""
-_TASKS = Path("/proc/self/task")
 
 
 class CpuDevice:
@@ -68,17 +65,13 @@ class CpuDevice:
             slot.close()
 
     def _cores_of(self, lane: Lane, units: int) -> tuple[int, ...]:
-        """From the outer end inwards: where slots overlap, the threads that lead the two teams are apart."""
         if not 1 <= units <= self.compute_units:
             raise EngineError(f"there is no slot of {units} cores on a device with {self.compute_units}")
-        return self._cores[:units] if lane is Lane.DECODE else self._cores[::-1][:units]
-
-
-_NUMBERS = itertools.count()
+        return self._cores[:units] if lane is Lane.DECODE else self._cores[-units:]
 
 
 class CpuSlot:
-    """A thread and its team of workers, one on each of the slot's cores."""
+    """A thread and its team of workers, which stay on the slot's cores."""
 
     def __init__(self, lane: Lane, cores: tuple[int, ...]) -> None:
         self.units = len(cores)
@@ -86,10 +79,9 @@ class CpuSlot:
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._done = threading.Semaphore(0)
         self._error: BaseException | None = None
-        # The system truncates names of threads to 15 characters. The number tells this slot from former ones, whose
-        # workers may still be about to end.
-        self._name = f"as-{lane.value[:3]}-{self.units}-{next(_NUMBERS)}"
-        self._thread = threading.Thread(target=self._main, name=self._name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._main, name=f"agentserve-{lane.value}-{self.units}-cores", daemon=True
+        )
         self._thread.start()
 
     def run(self, work: Callable[[], None]) -> None:
@@ -121,21 +113,12 @@ class CpuSlot:
         try:
             if _can_pin():
                 os.sched_setaffinity(0, self._cores)  # 0: this thread only
-                _name_this_thread(self._name)
             # torch sets the size of a thread's team on its first parallel operation to the value that any thread
             # set last. Asking for it first makes that happen now, so that it cannot undo what is set here.
             torch.get_num_threads()
             torch.set_num_threads(self.units)
-            before = _threads_named(self._name)
             with torch.inference_mode():
-                torch.ones(self.units * _ELEMENTS_PER_THREAD).exp_()
-            workers = sorted(_threads_named(self._name) - before)
-            if _can_pin() and len(workers) == self.units - 1:
-                for thread_id, core in zip((0, *workers), self._cores, strict=True):
-                    os.sched_setaffinity(thread_id, {core})
-            elif _can_pin():
-                # Another OpenMP than the one we know: its threads stay within the slot, but may share a core.
-                logger.info("cannot tell the threads of %s apart; they move freely on its cores", self._name)
+                torch.ones(self.units * _ELEMENTS_PER_THREAD).exp_()  # starts the team
         except (OSError, RuntimeError) as error:
             return error
         return None
@@ -149,22 +132,3 @@ def _allowed_cores() -> Sequence[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return range(os.cpu_count() or 1)
-
-
-def _name_this_thread(name: str) -> None:
-    """Names the thread for the system, too. Threads that it starts inherit the name."""
-    path = _TASKS / str(threading.get_native_id()) / "comm"
-    if path.exists():
-        path.write_text(name)
-
-
-def _threads_named(name: str) -> set[int]:
-    """Ids of the threads of this process that have a name; empty where the system does not tell."""
-    found = set()
-    for path in _TASKS.glob("*/comm"):
-        try:
-            if path.read_text().strip() == name:
-                found.add(int(path.parent.name))
-        except FileNotFoundError:
-            continue  # it ended meanwhile
-    return found
