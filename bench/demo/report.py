@@ -103,7 +103,7 @@ def plot_turns(results: Sequence[TurnResult], path: Path, caption: str) -> None:
         x = [r.turn for r in turns]
         cached = [r.num_cached_tokens for r in turns]
         above[column].bar(x, cached, color="#9ab87a", label="from the prefix cache")
-        above[column].bar(x, [r.num_new_tokens for r in turns], bottom=cached, color="#d1495b", label="computed")
+        above[column].bar(x, [r.num_new_tokens for r in turns], bottom=cached, color="#8d99ae", label="computed")
         above[column].set_title(agent, fontsize=10)
         colors = [COLORS.get(r.work_class, "0.6") for r in turns]
         bars = below[column].bar(x, [r.ttft_s * 1e3 for r in turns], color=colors)
