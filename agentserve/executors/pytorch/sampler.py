@@ -18,11 +18,11 @@ from torch import Tensor
 
 from agentserve.core.batch import SampleSpec
 from agentserve.core.request import SamplingParams
+from agentserve.core.splitmix import mix64
 from agentserve.errors import EngineError
 
 _NUM_CANDIDATES = 1024
 """How many of the most likely tokens top-p and min-p look at before they sort the whole vocabulary."""
-_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def uniform(seed: int, output_index: int) -> float:
 
     With 52 bits, one less than a float64 resolves, the product with a sum stays below the sum.
     """
-    return (_mix(_mix(seed) + output_index) >> 12) / 2.0**52
+    return (mix64(mix64(seed) + output_index) >> 12) / 2.0**52
 
 
 def process_logits(row: Tensor, spec: SampleSpec) -> None:
@@ -155,11 +155,3 @@ def _distinct(token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """The different values and how often each occurs."""
     values, counts = torch.unique_consecutive(token_ids.sort().values, return_counts=True)
     return values, counts
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's step: neighbouring inputs give unrelated outputs of 64 bits."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)

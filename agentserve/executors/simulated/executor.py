@@ -12,17 +12,9 @@ from collections.abc import Callable, Sequence
 from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk, TokenSample
 from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.executor import Capabilities
+from agentserve.core.splitmix import mix64
 
-_MASK = (1 << 64) - 1
 _MIN_OUTPUT, _MAX_OUTPUT = 27, 141  # output lengths of agent turns (AgentServe, Table I: 21 to 141 over its models)
-
-
-def _mix(value: int) -> int:
-    """SplitMix64's finalizer: neighbouring inputs give unrelated outputs, the same on every machine."""
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
 
 
 class SimulatedExecutor:
@@ -92,7 +84,7 @@ class SimulatedExecutor:
     def _sample(self, chunk: ScheduledChunk, spec: SampleSpec) -> TokenSample:
         """A token that depends on the seed and its index only, and the end of the output after a drawn length."""
         params = spec.params
-        length = _MIN_OUTPUT + _mix(params.seed) % (_MAX_OUTPUT - _MIN_OUTPUT + 1)
+        length = _MIN_OUTPUT + mix64(params.seed) % (_MAX_OUTPUT - _MIN_OUTPUT + 1)
         if spec.output_index >= max(length, params.min_tokens) and params.stop_token_ids:
             token_id = params.stop_token_ids[0]
         else:
@@ -106,4 +98,4 @@ class SimulatedExecutor:
 
     def _token(self, seed: int, index: int) -> int:
         """Output texts start at different places of the vocabulary and then follow it."""
-        return self._vocabulary[(_mix(seed) + index) % len(self._vocabulary)]
+        return self._vocabulary[(mix64(seed) + index) % len(self._vocabulary)]
