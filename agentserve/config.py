@@ -222,9 +222,6 @@ class ServeConfig:
     record: str | None = _option(None, str, "write the input log of the control plane to FILE", section="logging")
     log_level: str = _option("info", choice("debug", "info", "warning", "error"), "how much to log", section="logging")
 
-    def with_values(self, **values: Any) -> ServeConfig:
-        return dataclasses.replace(self, **values)
-
 
 @dataclass(frozen=True, slots=True)
 class Resolved:

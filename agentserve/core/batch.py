@@ -15,10 +15,6 @@ class Lane(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
-    @property
-    def other(self) -> Lane:
-        return Lane.DECODE if self is Lane.PREFILL else Lane.PREFILL
-
 
 @dataclass(frozen=True, slots=True)
 class SampleSpec:

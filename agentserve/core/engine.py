@@ -63,11 +63,6 @@ class EngineCore:
         """Whether a request has not had its terminal event yet."""
         return bool(self._requests)
 
-    @property
-    def num_in_flight(self) -> int:
-        """Batches whose completion has not come yet."""
-        return len(self._scheduler.in_flight)
-
     def next_deadline_ns(self) -> int | None:
         """When the next timer is due, or None: no part of the control plane needs a timer at present."""
         return None
