@@ -185,7 +185,7 @@ def test_chunked_prefill_with_odd_sizes(
     subject: Subject, executor_of: Callable[..., TorchExecutor], prefill_chunk: int, resume_budget: int
 ) -> None:
     executor = executor_of(subject.model)
-    requests = requests_for(subject.prompts[-3:], 8)
+    requests = requests_for(subject.prompts, subject.num_tokens)
     core = make_core(executor, prefill_chunk=prefill_chunk, resume_budget=resume_budget)
     run = drive(core, executor, requests)
     largest = max(c.num_tokens for b in run.batches for c in b.chunks if c.work_class is WorkClass.COLD_PREFILL)
@@ -212,9 +212,9 @@ def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchEx
 
 
 def test_after_preemption_and_recompute(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
-    requests = requests_for(subject.prompts[:4], subject.num_tokens)
+    requests = requests_for(subject.prompts, subject.num_tokens)
     # Room for the prompts and a little more: they outgrow it together.
-    num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in subject.prompts[:4]) + 4
+    num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in subject.prompts) + 4
     executor = executor_of(subject.model, num_blocks=num_blocks)
     core = make_core(executor, max_model_len=num_blocks * BLOCK_SIZE)
     run = drive(core, executor, requests)
