@@ -16,6 +16,58 @@ from typing import Any
 from agentserve.errors import ConfigError
 
 
+SCHEDULERS = ("lanes", "chunked", "prefill-first", "fcfs")
+CONTROLLERS = ("predictive", "reactive", "static")
+SLOTS = ("auto", "stream", "off")
+PREFILL_ORDERS = ("shortest", "fcfs")
+
+
+@dataclass(frozen=True, slots=True)
+class ControlConfig:
+    """Constants of the controllers; adr/0006 argues the defaults. Raises ConfigError for what cannot work."""
+
+    controller: str = "predictive"
+    slots: str = "auto"
+    """`auto`: every partition that the device has. `stream`: both lanes on the whole device, the hardware shares it.
+    `off`: never two lanes at once, prompts are computed in the batches of the decodes."""
+    tpot_target_ns: int | None = None
+    """Target time between two tokens of a stream. None until it is known: then twice the isolated time per token."""
+    ttft_target_ns: int | None = None
+    """Target time to the first token. None: as early as the other target allows."""
+    decode_share: float = 0.5
+    """Share of the device for decode while both lanes are busy: what `static` keeps and `reactive` starts from."""
+    theta_high: float = 1.0
+    """`reactive`: above this multiple of the target the reservation rises and the budget shrinks."""
+    theta_low: float = 0.75
+    """`reactive`: below this multiple both are relaxed. In between lies the dead band."""
+    interval_ns: int = 200_000_000
+    """`reactive`: at most one change in this time."""
+    min_resume_budget: int = 16
+    max_resume_budget: int = 512
+    resume_budget_step: int = 32
+    hysteresis: float = 0.1
+    """`predictive`: another partition must promise this much more before it is taken."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("controller", CONTROLLERS), ("slots", SLOTS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        for name in ("tpot_target_ns", "ttft_target_ns"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be positive, not {value}")
+        if not 0.0 < self.decode_share < 1.0:
+            raise ConfigError(f"decode_share must lie between 0 and 1, not {self.decode_share}")
+        if not 0.0 < self.theta_low < self.theta_high:
+            raise ConfigError(
+                f"theta_low must be positive and below theta_high, not {self.theta_low} and {self.theta_high}"
+            )
+        if not 1 <= self.min_resume_budget <= self.max_resume_budget or self.resume_budget_step < 1:
+            raise ConfigError("the resume budgets must be positive, and the smallest not above the largest")
+        if self.interval_ns < 0 or self.hysteresis < 0.0:
+            raise ConfigError("interval_ns and hysteresis must not be negative")
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Constants of the control plane. Raises ConfigError for what cannot work."""
@@ -32,11 +84,21 @@ class EngineConfig:
     """A resume that needs more than this many budgets goes to the prefill lane."""
     resume_min_cached_tokens: int = 64
     """A cached prefix shorter than this is not worth the name: the prefill counts as cold."""
-    decode_share: float = 0.5
-    """Share of the device that the static controller gives to decode while both lanes are busy."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in any batch at most; for the scheduler `chunked` the budget that decodes and prompts share."""
+    scheduler: str = "lanes"
+    """`lanes` is ours; `chunked`, `prefill-first` and `fcfs` are baselines that use no lanes and no controller."""
+    prefill_order: str = "shortest"
+    """`shortest`: the prompt with the fewest tokens left goes first, with aging. `fcfs`: in order of arrival."""
+    aging_tokens_per_s: int = 500
+    """`shortest`: a prompt that arrived a second earlier may have this many tokens more left and still goes first."""
     enable_prefix_caching: bool = True
+    control: ControlConfig = ControlConfig()
 
     def __post_init__(self) -> None:
+        for name, allowed in (("scheduler", SCHEDULERS), ("prefill_order", PREFILL_ORDERS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in (
             "num_blocks",
             "max_model_len",
@@ -45,6 +107,8 @@ class EngineConfig:
             "prefill_chunk",
             "resume_budget",
             "resume_max_steps",
+            "max_num_batched_tokens",
+            "aging_tokens_per_s",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -52,8 +116,6 @@ class EngineConfig:
             raise ConfigError("max_model_len must be at least 2: a prompt token and an output token")
         if self.resume_min_cached_tokens < 0:
             raise ConfigError("resume_min_cached_tokens must not be negative")
-        if not 0.0 < self.decode_share < 1.0:
-            raise ConfigError(f"decode_share must lie between 0 and 1, not {self.decode_share}")
         if self.num_blocks * self.block_size < self.max_model_len:
             # A request alone on the device must always fit, or it could never finish.
             raise ConfigError(

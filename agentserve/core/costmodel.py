@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentserve.core.batch import Batch
+from agentserve.core.batch import Batch, Lane
+from agentserve.core.request import WorkClass
+from agentserve.core.slots import SlotPartition
 from agentserve.errors import ConfigError
 
 
@@ -73,23 +75,62 @@ class ModelShape:
 class BatchShape:
     """What the cost of a batch depends on."""
 
-    num_tokens: int
-    num_samples: int
-    num_context_tokens: int
-    """Sum over the chunks of the tokens whose KV is read or written: the chunk's end."""
-    num_attention_pairs: int
-    """Sum over the chunks of n * start + n * (n + 1) / 2: each token looks at what is before it and at itself."""
+    num_decodes: int = 0
+    """Sequences of which one token is decoded."""
+    num_decode_context: int = 0
+    """Sum over the decodes of the tokens that they attend to, themselves included."""
+    num_prefill_chunks: int = 0
+    num_prefill_tokens: int = 0
+    num_prefill_context: int = 0
+    """Sum over the prefill chunks of the tokens whose KV is read or written: the end of the chunk."""
+    num_prefill_pairs: int = 0
+    """Sum over the prefill chunks of n * start + n * (n + 1) / 2: each token looks at what is before it and at itself."""
+    num_samples: int = 0
+    """Tokens that pass through the output head: all decodes, and the last token of each prompt that is finished."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_decodes + self.num_prefill_tokens
 
     @classmethod
     def of(cls, batch: Batch) -> BatchShape:
-        num_tokens = num_samples = num_context = num_pairs = 0
+        num_decodes = decode_context = num_chunks = num_tokens = prefill_context = num_pairs = num_samples = 0
         for chunk in batch.chunks:
-            n = chunk.num_tokens
-            num_tokens += n
             num_samples += chunk.sample is not None
-            num_context += chunk.end
+            if chunk.work_class is WorkClass.DECODE:
+                num_decodes += 1
+                decode_context += chunk.end
+                continue
+            n = chunk.num_tokens
+            num_chunks += 1
+            num_tokens += n
+            prefill_context += chunk.end
             num_pairs += n * chunk.start + n * (n + 1) // 2
-        return cls(num_tokens, num_samples, num_context, num_pairs)
+        return cls(num_decodes, decode_context, num_chunks, num_tokens, prefill_context, num_pairs, num_samples)
+
+    def with_prefill(self, num_tokens: int, start: int = 0) -> BatchShape:
+        """This shape and one more prefill chunk, of a prompt that is not finished by it."""
+        return BatchShape(
+            self.num_decodes,
+            self.num_decode_context,
+            self.num_prefill_chunks + 1,
+            self.num_prefill_tokens + num_tokens,
+            self.num_prefill_context + start + num_tokens,
+            self.num_prefill_pairs + num_tokens * start + num_tokens * (num_tokens + 1) // 2,
+            self.num_samples,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One measured (or simulated) batch: what a profile is fitted to."""
+
+    shape: BatchShape
+    lane: Lane
+    partition: SlotPartition
+    co_running: bool
+    """The other lane was busy all the time."""
+    duration_ns: int
 
 
 class CostModel:
@@ -99,14 +140,15 @@ class CostModel:
         self.device = device
         self.model = model
 
-    def duration_ns(self, shape: BatchShape, units: int, co_running: bool) -> int:
-        """Predicted duration on `units` compute units; `co_running`: the other lane is busy meanwhile."""
-        model = self.model
-        num_bytes = model.weight_bytes + shape.num_context_tokens * model.kv_bytes_per_token
+    def duration_ns(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> int:
+        """Predicted duration in a lane of a partition; `co_running`: the other lane is busy meanwhile."""
+        model, units = self.model, partition.units(lane)
+        num_context = shape.num_decode_context + shape.num_prefill_context
+        num_bytes = model.weight_bytes + num_context * model.kv_bytes_per_token
         flops = (
             2 * shape.num_tokens * model.num_linear_parameters
             + 2 * shape.num_samples * model.num_head_parameters
-            + shape.num_attention_pairs * model.attention_flops_per_pair
+            + (shape.num_prefill_pairs + shape.num_decode_context) * model.attention_flops_per_pair
         )
         seconds = max(num_bytes / self.device.bandwidth(units), flops / self.device.rate(units))
         factor = self.device.contention if co_running else 1.0

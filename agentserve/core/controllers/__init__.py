@@ -1,10 +1,12 @@
-"""Controllers: how to share the device while both lanes have work."""
+"""Controllers: how to share the device while both kinds of work are present."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+from agentserve.core.batch import Batch
+from agentserve.core.costmodel import BatchShape
 from agentserve.core.slots import SlotPartition
 
 
@@ -13,20 +15,45 @@ class ControlSignal:
     """What a controller may look at. Counts are those of the moment before scheduling."""
 
     now_ns: int
-    num_decodes: int
-    """Requests that are decoding."""
-    num_pending_prefill_tokens: int
-    """Prompt tokens of admitted requests that are not computed yet."""
-    decode_step_ns: int | None
-    """Duration of the latest batch of the decode lane; None before the first."""
+    decodes: BatchShape
+    """The batch of all requests that are decoding, without any prefill."""
+    num_resume_tokens: int
+    """Prompt tokens left of admitted requests whose prefill is a short resume: work for the decode lane."""
+    num_prefill_tokens: int
+    """Prompt tokens left of all other admitted requests: work for the prefill lane."""
+    prefill_start: int
+    """Tokens already computed of the prompt that is next in the prefill lane (0 without one)."""
+    oldest_prefill_arrival_ns: int | None
+    """When the request arrived that has waited longest for its first token; None without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchObservation:
+    """A batch that is done."""
+
+    batch: Batch
+    shape: BatchShape
+    duration_ns: int
+    finished_ns: int
+    since_previous_decode_ns: int | None
+    """Decode lane only: time since the end of the previous decode batch, if some request was in both: a gap that its
+    reader saw. None otherwise."""
+    co_running: bool
+    """The other lane was busy from its start to its end: it says something about contention."""
+    alone: bool
+    """The other lane was idle from its start to its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a controller returns."""
+    """What a controller returns.
+
+    If `partition` is a whole device, the lanes take turns: while something decodes, prompts of both lanes are computed
+    in the batches of the decode lane, `prefill_chunk` tokens each.
+    """
 
     partition: SlotPartition
-    """For the time while both lanes are busy; a lone lane always runs on the whole device."""
+    """For the time while both kinds of work are present; a lone lane always runs on the whole device."""
     resume_budget: int
     """Resume-prefill tokens in one batch of the decode lane."""
     prefill_chunk: int
@@ -34,6 +61,10 @@ class Decision:
 
 
 class Controller(Protocol):
+    def observe(self, observation: BatchObservation) -> None:
+        """Takes what became of a batch; called once for each, in order of completion, before `decide`."""
+        ...
+
     def decide(self, signal: ControlSignal) -> Decision:
-        """Pure: the same controller state and signal give the same decision."""
+        """The same observations and signals in the same order give the same decisions."""
         ...
