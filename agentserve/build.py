@@ -9,20 +9,25 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
-from agentserve.config import EngineConfig, ServeConfig
-from agentserve.core.costmodel import CostModel, ModelShape
+from agentserve.config import ControlConfig, EngineConfig, ServeConfig
+from agentserve.core.controllers.factory import TARGET_FACTOR
+from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
+from agentserve.core.slots import build_partition_table
 from agentserve.errors import ConfigError, ModelError
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.models.config import ModelConfig
 from agentserve.models.registry import ModelSource, resolve_model
 from agentserve.profiles import load_profile
+from agentserve.profiles.sheets import cpu_sheet
+from agentserve.runtime.calibration import calibrate, measure_isolated_tpot_ns
+from agentserve.runtime.calibration_grid import Grid, Limits
 from agentserve.runtime.client import EngineClient, EventBridge
 from agentserve.runtime.live import LiveDriver, MonotonicClock
 from agentserve.runtime.recording import Header, Recorder
@@ -80,7 +85,7 @@ def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
     source, kind, notes = _choose(config)
     parts = (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report)
     try:
-        return _assemble(config, source.name, parts, notes)
+        return _assemble(config, source.name, parts, notes, report)
     except BaseException:
         parts.executor.close()
         raise
@@ -102,20 +107,29 @@ class _Parts:
     executor: Executor
     model_config: ModelConfig
     text: _Text
+    model_shape: ModelShape
+    profile: DeviceProfile | None
+    """None: the device has to be measured."""
     notes: tuple[str, ...] = ()
 
 
-def _assemble(config: ServeConfig, name: str, parts: _Parts, notes: tuple[str, ...]) -> Engine:
+def _assemble(
+    config: ServeConfig, name: str, parts: _Parts, notes: tuple[str, ...], report: Callable[[str], None]
+) -> Engine:
     capabilities = parts.executor.capabilities()
     engine_config = EngineConfig(
         num_blocks=capabilities.num_blocks,
         block_size=capabilities.block_size,
         max_model_len=_window(config, parts.model_config, capabilities),
         max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        scheduler=config.scheduler,
+        prefill_order=config.prefill_order,
+        aging_tokens_per_s=config.aging_tokens_per_s,
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
-        decode_share=config.decode_share,
         enable_prefix_caching=config.prefix_caching,
+        control=_control_config(config),
     )
     header = Header(
         config=engine_config,
@@ -124,7 +138,10 @@ def _assemble(config: ServeConfig, name: str, parts: _Parts, notes: tuple[str, .
         min_units=capabilities.min_units,
         model=name,
         executor=capabilities.name,
+        device=parts.profile,
+        model_shape=parts.model_shape,
     )
+    header = _calibrated(header, parts, report)
     bridge = EventBridge()
     driver = LiveDriver(
         build_core(header),
@@ -149,6 +166,65 @@ def _assemble(config: ServeConfig, name: str, parts: _Parts, notes: tuple[str, .
         chat_template=parts.text.chat_template,
         notes=(*notes, *parts.notes, *parts.text.notes),
     )
+
+
+def _calibrated(header: Header, parts: _Parts, report: Callable[[str], None]) -> Header:
+    """The header with what its controller needs to know of the device: measured now where nobody said it."""
+    config, control = header.config, header.config.control
+    if config.scheduler != "lanes" or control.controller == "static":
+        return header
+    executor = parts.executor
+    limits = Limits.of(executor.capabilities(), config.max_model_len, config.max_num_seqs)
+    device = header.device
+    if device is None and control.controller == "predictive":
+        report("measuring the device for the predictive controller, a few seconds (--profile FILE does without)")
+        device = _measured(executor, limits, parts.model_shape)
+    if control.tpot_target_ns is None:
+        isolated_ns = measure_isolated_tpot_ns(executor, limits)
+        control = replace(control, tpot_target_ns=TARGET_FACTOR * isolated_ns)
+        report(
+            f"a stream alone has {isolated_ns / 1e6:.1f} ms between tokens; the target is {TARGET_FACTOR} times that "
+            "(--tpot-target-ms sets it)"
+        )
+    return replace(header, device=device, config=replace(config, control=control))
+
+
+def _measured(executor: Executor, limits: Limits, shape: ModelShape) -> DeviceProfile:
+    capabilities = executor.capabilities()
+    table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
+    sheet = _cpu_sheet(capabilities)
+    fit = calibrate(
+        executor, Grid.quick(table, limits), sheet, shape, provenance="measured: quickly, when the daemon started"
+    )
+    logger.debug("the fit of the device's profile:\n%s", fit)
+    return fit.profile
+
+
+def _control_config(config: ServeConfig) -> ControlConfig:
+    """Raises ConfigError for options of a controller beside a scheduler that has none."""
+    if config.scheduler != "lanes":
+        for name in ("controller", "slots", "tpot_target_ms", "ttft_target_ms"):
+            if getattr(config, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} needs --scheduler lanes: {config.scheduler} has no controller")
+    return ControlConfig(
+        controller=config.controller or "predictive",
+        slots=config.slots or "auto",
+        tpot_target_ns=_nanoseconds(config.tpot_target_ms),
+        ttft_target_ns=_nanoseconds(config.ttft_target_ms),
+        decode_share=config.decode_share,
+        theta_high=config.theta_high,
+        theta_low=config.theta_low,
+        interval_ns=round(config.control_interval_ms * 1e6),
+        min_resume_budget=config.min_resume_budget,
+        max_resume_budget=config.max_resume_budget,
+        resume_budget_step=config.resume_budget_step,
+        hysteresis=config.hysteresis,
+    )
+
+
+def _nanoseconds(milliseconds: float | None) -> int | None:
+    return None if milliseconds is None else max(1, round(milliseconds * 1e6))
 
 
 # ---- which executor ----
@@ -235,7 +311,8 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         max_num_seqs=config.max_num_seqs,
         clock=MonotonicClock(),
     )
-    return _Parts(executor, model.config, text)
+    profile = load_profile(config.profile) if config.profile is not None else None
+    return _Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), profile)
 
 
 # ---- simulated timing ----
@@ -244,7 +321,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
 def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> _Parts:
     if source.config is None:
         raise ConfigError(f"the shape of {source.name} is not known, so its timing cannot be simulated")
-    profile = load_profile(config.gpu)
+    profile = load_profile(config.profile or config.gpu)
     shape = model_shape(source.config)
     pool_bytes = config.kv_cache_memory or int(profile.memory_bytes * _GPU_MEMORY_SHARE) - shape.weight_bytes
     if pool_bytes <= 0:
@@ -259,7 +336,8 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
         block_size=config.block_size,
         vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
     )
-    return _Parts(executor, source.config, text, (f"timing of {profile.description} is {profile.provenance}",))
+    note = f"timing of {profile.description} is {profile.provenance}"
+    return _Parts(executor, source.config, text, shape, profile, (note,))
 
 
 def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
@@ -274,6 +352,9 @@ def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
         kv_bytes_per_token=config.kv_bytes_per_token(element_size),
         # Query times key and weight times value: two multiply-adds of head_dim each.
         attention_flops_per_pair=4 * config.num_layers * config.num_heads * config.head_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
     )
 
 
@@ -294,3 +375,45 @@ def _text_side(source: ModelSource, report: Callable[[str], None]) -> _Text:
     byte_tokenizer = ByteTokenizer()
     note = f"there is no tokenizer of {source.name} here: each byte counts as a token"
     return _Text(byte_tokenizer, load_chat_template(None, byte_tokenizer), (note,))
+
+
+# ---- measuring instead of serving ----
+
+
+@dataclass(frozen=True, slots=True)
+class Measurable:
+    """An executor that nobody uses yet, to be closed by whoever asked for it, and what a calibration needs of it."""
+
+    executor: Executor
+    limits: Limits
+    model_name: str
+    model_shape: ModelShape
+    dtype: str
+    sheet: DeviceProfile
+    """Where the fit starts."""
+    notes: tuple[str, ...]
+
+
+def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measurable:
+    """Loads the model as `build_engine` does, and stops there. Raises what that raises."""
+    source, kind, notes = _choose(config)
+    parts = (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report)
+    try:
+        capabilities = parts.executor.capabilities()
+        limits = Limits.of(capabilities, _window(config, parts.model_config, capabilities), config.max_num_seqs)
+    except BaseException:
+        parts.executor.close()
+        raise
+    auto_dtype = "bfloat16" if capabilities.simulated else "float32"
+    dtype = auto_dtype if config.dtype == "auto" else config.dtype
+    sheet = parts.profile or _cpu_sheet(capabilities)
+    return Measurable(parts.executor, limits, source.name, parts.model_shape, dtype, sheet, (*notes, *parts.notes))
+
+
+def _cpu_sheet(capabilities: Capabilities) -> DeviceProfile:
+    return cpu_sheet(
+        capabilities.name,
+        capabilities.device,
+        compute_units=capabilities.compute_units,
+        memory_bytes=psutil.virtual_memory().total,
+    )

@@ -15,7 +15,6 @@ from typing import Any
 
 from agentserve.errors import ConfigError
 
-
 SCHEDULERS = ("lanes", "chunked", "prefill-first", "fcfs")
 CONTROLLERS = ("predictive", "reactive", "static")
 SLOTS = ("auto", "stream", "off")
@@ -251,6 +250,10 @@ class ServeConfig:
         section="device",
     )  # fmt: skip
     gpu: str = _option("rtx-5090", str, "GPU whose timing the simulated executor has", section="device")
+    profile: str | None = _option(
+        None, str, "profile of the device, written by `agentserve profile`; without it a real device is measured "
+        "quickly at start-up", section="device",
+    )  # fmt: skip
     host: str = _option("127.0.0.1", str, "address to listen on", section="network")
     port: int = _option(8177, port_number, "port to listen on; 0 takes a free one", section="network")
     api_key: str | None = _option(None, str, "key that clients must send", section="network")
@@ -266,14 +269,56 @@ class ServeConfig:
         16, positive_int, "requests that run at once", flags=("-np", "--parallel"), section="scheduler"
     )
     max_num_queued_reqs: int = _option(512, positive_int, "requests that may wait", section="scheduler")
+    scheduler: str = _option(
+        "lanes", choice(*SCHEDULERS), "lanes: ours; the others are baselines that run one batch at a time",
+        section="scheduler",
+    )  # fmt: skip
+    max_num_batched_tokens: int = _option(2048, positive_int, "tokens in one batch at most", section="scheduler")
+    prefill_order: str = _option(
+        "shortest", choice(*PREFILL_ORDERS), "which prompt is read first; shortest: with aging", section="scheduler"
+    )
+    aging_tokens_per_s: int = _option(
+        500, positive_int, "tokens that a prompt may be longer by for each second that it came earlier",
+        section="scheduler",
+    )  # fmt: skip
     prefill_chunk: int = _option(
-        256, positive_int, "prompt tokens in one batch of the prefill lane", section="scheduler"
+        256, positive_int, "prompt tokens in one batch of the prefill lane (predictive: at most)", section="scheduler"
     )
     resume_budget: int = _option(
-        64, positive_int, "resume-prefill tokens that may join one decode step", section="scheduler"
+        64, positive_int, "resume-prefill tokens that may join one decode step (reactive: at first)",
+        section="scheduler",
+    )  # fmt: skip
+    controller: str | None = _option(
+        None, choice(*CONTROLLERS), "how the device is shared while prompts and decodes are present; default "
+        "predictive", section="controller",
+    )  # fmt: skip
+    slots: str | None = _option(
+        None, choice(*SLOTS), "auto: all partitions; stream: both lanes on everything; off: lanes take turns",
+        section="controller",
+    )  # fmt: skip
+    tpot_target_ms: float | None = _option(
+        None, positive_float, "target time between tokens; default twice that of a stream alone", section="controller"
+    )
+    ttft_target_ms: float | None = _option(
+        None, positive_float, "target time to the first token; default as soon as possible", section="controller"
     )
     decode_share: float = _option(
-        0.5, share, "share of the device for decode while both lanes are busy", section="scheduler"
+        0.5, share, "share of the device for decode: static keeps it, reactive starts from it", section="controller"
+    )
+    theta_high: float = _option(
+        1.0, positive_float, "reactive: tightens above this multiple of the target", section="controller"
+    )
+    theta_low: float = _option(
+        0.75, positive_float, "reactive: relaxes below this multiple of the target", section="controller"
+    )
+    control_interval_ms: float = _option(
+        200.0, positive_float, "reactive: least time between two changes", section="controller"
+    )
+    min_resume_budget: int = _option(16, positive_int, "least resume budget", section="controller")
+    max_resume_budget: int = _option(512, positive_int, "largest resume budget", section="controller")
+    resume_budget_step: int = _option(32, positive_int, "reactive: step of the resume budget", section="controller")
+    hysteresis: float = _option(
+        0.1, share, "predictive: gain that another partition must promise", section="controller"
     )
     block_size: int = _option(16, positive_int, "tokens in a KV block", section="cache")
     kv_cache_memory: int | None = _option(

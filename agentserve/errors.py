@@ -7,6 +7,7 @@
     │   ├── ModelFormatError            unreadable, truncated or inconsistent weights or tokenizer
     │   └── UnsupportedModelError       readable, but not a model that we can run
     ├── RecordingError                  a recording that cannot be read or replayed
+    ├── WorkloadError                   a workload or a file of programs that cannot be run
     ├── RequestError                    one request is refused; the daemon is unharmed
     │   ├── InvalidRequestError
     │   │   └── ContextLengthExceededError
@@ -50,6 +51,10 @@ class UnsupportedModelError(ModelError):
 
 class RecordingError(AgentServeError):
     """A recording cannot be read, or was made by an incompatible version."""
+
+
+class WorkloadError(AgentServeError):
+    """A program, a file of programs or a workload is malformed, or asks for what it cannot be."""
 
 
 class RequestError(AgentServeError):

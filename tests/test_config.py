@@ -80,7 +80,9 @@ def test_every_option_has_a_section_and_help() -> None:
         {"prefill_chunk": 0},
         {"max_model_len": 1},
         {"resume_min_cached_tokens": -1},
-        {"decode_share": 0.0},
+        {"scheduler": "random"},
+        {"prefill_order": "longest"},
+        {"max_num_batched_tokens": 0},
         {"num_blocks": 3, "max_model_len": 64},  # 3 blocks of 16 hold 48 tokens
     ],
 )

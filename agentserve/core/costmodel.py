@@ -1,10 +1,21 @@
-"""How long a batch takes: a roofline over its shape, the share of the device and the other lane.
+"""How long a batch takes: from its shape, the share of the device and what the other lane does.
 
-    duration = max(bytes / bandwidth(units), flops / rate(units)) * contention + overhead
+    duration = (dense + attention + head) * contention + overheads
 
-Bytes are the weights, read once a batch, and the KV of every sequence; flops are the linear layers and the attention
-(Williams et al. 2009 for the roofline; the terms follow Vidur, section 4). Bandwidth saturates before the compute
-units do: that is why decode needs only a part of a GPU (AgentServe, Fig. 3).
+Each part is a roofline (Williams et al. 2009) with rates of its own; the decomposition by kinds of kernel follows
+Vidur (section 4). `core/device.py` says what each parameter means.
+
+- dense: `max(weights / bandwidth, 2 * parameters * rows(tokens) / rate)`. `rows` is the efficiency of matrix products:
+  they compute whole tiles, so their cost rises in steps.
+- head: the same for tokens that are sampled.
+- decode attention: the bytes of KV over their bandwidth, and a cost per sequence.
+- prefill attention: a tile of query rows of one head is a piece of work for one unit, as long as its keys. Pieces are
+  distributed as by list scheduling (Graham 1969): one wave lasts as long as its longest piece, many waves as long as
+  the work divided by the units, and a tail.
+- mixed batches: a fused kernel treats every decode as a tile with one row, in each head. So the heads of a group read
+  the same keys again as soon as these do not fit the cache: up to the group's size times the traffic.
+- Fewer units: memory time saturates long before the units are all used, which is why decode needs only a part of a
+  GPU (AgentServe, Fig. 3); arithmetic is nearly proportional.
 """
 
 from __future__ import annotations
@@ -12,49 +23,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agentserve.core.batch import Batch, Lane
+from agentserve.core.device import Contention, DeviceProfile
 from agentserve.core.request import WorkClass
-from agentserve.core.slots import SlotPartition
+from agentserve.core.slots import PartitionKind, SlotPartition
 from agentserve.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class DeviceProfile:
-    """What a device can do."""
-
-    name: str
-    description: str
-    compute_units: int
-    unit_granularity: int
-    min_units: int
-    memory_bytes: int
-    bandwidth_bytes_per_s: float
-    flops_per_s: float
-    """Dense matrix rate in the data type that is served."""
-    bandwidth_knee: float
-    """Share of the units that reaches half of what the whole device would add: small means early saturation."""
-    contention: float
-    """Factor on a batch's time while the other lane is busy on disjoint units."""
-    overhead_ns: int
-    """Per batch, independent of its size."""
-    provenance: str
-    """`measured`, `fitted` or `estimated`, and from what."""
-
-    def __post_init__(self) -> None:
-        if min(self.compute_units, self.unit_granularity, self.min_units, self.memory_bytes) < 1:
-            raise ConfigError(f"profile {self.name}: sizes must be positive")
-        if min(self.bandwidth_bytes_per_s, self.flops_per_s, self.bandwidth_knee) <= 0:
-            raise ConfigError(f"profile {self.name}: rates must be positive")
-        if self.contention < 1.0 or self.overhead_ns < 0:
-            raise ConfigError(f"profile {self.name}: contention below 1 or negative overhead")
-
-    def bandwidth(self, units: int) -> float:
-        """Bytes per second that `units` compute units can draw: rises steeply, then saturates."""
-        share = min(1.0, units / self.compute_units)
-        return self.bandwidth_bytes_per_s * share * (1.0 + self.bandwidth_knee) / (share + self.bandwidth_knee)
-
-    def rate(self, units: int) -> float:
-        """Flops per second of `units` compute units: proportional."""
-        return self.flops_per_s * min(1.0, units / self.compute_units)
+__all__ = ["BatchShape", "Contention", "CostModel", "DeviceProfile", "ModelShape", "Sample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +43,15 @@ class ModelShape:
     kv_bytes_per_token: int
     attention_flops_per_pair: int
     """For one query token and one key token, over all layers and heads."""
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        if min(self.num_linear_parameters, self.weight_bytes, self.num_layers, self.num_heads, self.num_kv_heads) < 1:
+            raise ConfigError("a model needs weights, layers and heads")
+        if min(self.num_head_parameters, self.kv_bytes_per_token, self.attention_flops_per_pair) < 0:
+            raise ConfigError("sizes of a model must not be negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +67,11 @@ class BatchShape:
     num_prefill_context: int = 0
     """Sum over the prefill chunks of the tokens whose KV is read or written: the end of the chunk."""
     num_prefill_pairs: int = 0
-    """Sum over the prefill chunks of n * start + n * (n + 1) / 2: each token looks at what is before it and at itself."""
+    """Sum over the chunks of n * start + n * (n + 1) / 2: each token looks at what is before it and at itself."""
     num_samples: int = 0
     """Tokens that pass through the output head: all decodes, and the last token of each prompt that is finished."""
+    num_prefill_longest: int = 0
+    """Largest end of a prefill chunk. 0 stands for `num_prefill_context`, which it is if there is one chunk."""
 
     @property
     def num_tokens(self) -> int:
@@ -94,7 +79,8 @@ class BatchShape:
 
     @classmethod
     def of(cls, batch: Batch) -> BatchShape:
-        num_decodes = decode_context = num_chunks = num_tokens = prefill_context = num_pairs = num_samples = 0
+        num_decodes = decode_context = num_samples = 0
+        num_chunks = num_tokens = prefill_context = num_pairs = longest = 0
         for chunk in batch.chunks:
             num_samples += chunk.sample is not None
             if chunk.work_class is WorkClass.DECODE:
@@ -106,7 +92,10 @@ class BatchShape:
             num_tokens += n
             prefill_context += chunk.end
             num_pairs += n * chunk.start + n * (n + 1) // 2
-        return cls(num_decodes, decode_context, num_chunks, num_tokens, prefill_context, num_pairs, num_samples)
+            longest = max(longest, chunk.end)
+        return cls(
+            num_decodes, decode_context, num_chunks, num_tokens, prefill_context, num_pairs, num_samples, longest
+        )
 
     def with_prefill(self, num_tokens: int, start: int = 0) -> BatchShape:
         """This shape and one more prefill chunk, of a prompt that is not finished by it."""
@@ -118,6 +107,7 @@ class BatchShape:
             self.num_prefill_context + start + num_tokens,
             self.num_prefill_pairs + num_tokens * start + num_tokens * (num_tokens + 1) // 2,
             self.num_samples,
+            max(self.num_prefill_longest or self.num_prefill_context, start + num_tokens),
         )
 
 
@@ -133,23 +123,136 @@ class Sample:
     duration_ns: int
 
 
+_CACHE_SHARE = 0.5
+"""Of the cache is left for keys; outputs, tables and unlucky sets take the rest."""
+
+_DELAY = 1.0
+"""By how much more than its own time the shorter kind of piece of a mixed batch delays the longer one."""
+
+
+class _Rates:
+    """Nanoseconds for units of work on a number of compute units, and how many of these attention effectively has."""
+
+    __slots__ = ("head", "head_row", "key", "kv_token", "row", "units", "weights")
+
+    def __init__(self, device: DeviceProfile, model: ModelShape, units: int) -> None:
+        memory, compute = device.memory_factor(units), device.compute_factor(units)
+        head_share = model.num_head_parameters / (model.num_linear_parameters + model.num_head_parameters)
+        read_weights = model.weight_bytes / device.bandwidth_bytes_per_s * memory * 1e9
+        self.weights = read_weights * (1.0 - head_share)
+        self.head = read_weights * head_share
+        self.row = 2e9 * model.num_linear_parameters / device.flops_per_s * compute
+        self.head_row = 2e9 * model.num_head_parameters / device.flops_per_s * compute
+        self.kv_token = model.kv_bytes_per_token / device.kv_bandwidth_bytes_per_s * memory * 1e9
+        tile_flops = device.attention_tile_rows * model.attention_flops_per_pair / model.num_heads
+        # A single tile takes as long on many units as on few; the fewer there are, the more waves.
+        self.key = tile_flops * device.compute_units / device.attention_flops_per_s * 1e9
+        self.units = device.compute_units / compute
+
+
 class CostModel:
     """Predicts the duration of batches of one model on one device."""
 
     def __init__(self, device: DeviceProfile, model: ModelShape) -> None:
         self.device = device
         self.model = model
+        self._rates: dict[int, _Rates] = {}
+        self._rows: dict[int, float] = {}
+        self._overhead_ns = device.overhead_ns + device.layer_overhead_ns * model.num_layers
+        self._sequence_ns = device.sequence_overhead_ns * model.num_layers
+        self._group = model.num_heads / model.num_kv_heads
+        head_bytes = model.kv_bytes_per_token / (model.num_layers * model.num_kv_heads)
+        self._cached_tokens = _CACHE_SHARE * device.cache_bytes / max(1.0, head_bytes)
+        """Tokens whose KV in one head of one layer stays in the cache."""
 
     def duration_ns(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> int:
         """Predicted duration in a lane of a partition; `co_running`: the other lane is busy meanwhile."""
-        model, units = self.model, partition.units(lane)
-        num_context = shape.num_decode_context + shape.num_prefill_context
-        num_bytes = model.weight_bytes + num_context * model.kv_bytes_per_token
-        flops = (
-            2 * shape.num_tokens * model.num_linear_parameters
-            + 2 * shape.num_samples * model.num_head_parameters
-            + (shape.num_prefill_pairs + shape.num_decode_context) * model.attention_flops_per_pair
-        )
-        seconds = max(num_bytes / self.device.bandwidth(units), flops / self.device.rate(units))
-        factor = self.device.contention if co_running else 1.0
-        return self.device.overhead_ns + round(seconds * factor * 1e9)
+        units = partition.decode_units if lane is Lane.DECODE else partition.prefill_units
+        rates = self._rates.get(units)
+        if rates is None:
+            rates = self._rates[units] = _Rates(self.device, self.model, units)
+        num_tokens, num_samples = shape.num_decodes + shape.num_prefill_tokens, shape.num_samples
+        slowdown = self.device.streaming_slowdown
+        duration = max(rates.weights * (1.0 + slowdown * num_tokens), rates.row * self._rows_of(num_tokens))
+        if num_samples:
+            duration += max(rates.head * (1.0 + slowdown * num_samples), rates.head_row * self._rows_of(num_samples))
+            duration += self.device.sample_overhead_ns * num_samples
+        if not shape.num_prefill_tokens:
+            duration += self._decode_attention(shape, rates)
+        elif self.device.fused_attention or not shape.num_decodes:
+            duration += self._tiled_attention(shape, rates, shape.num_decodes)
+        else:
+            duration += self._decode_attention(shape, rates) + self._tiled_attention(shape, rates, 0)
+        if co_running:
+            duration *= self.contention(lane, partition)
+        return round(duration + self._overhead_ns)
+
+    def contention(self, lane: Lane, partition: SlotPartition) -> float:
+        """Factor on a batch's time in this lane while the other lane is busy."""
+        factors = self.device.contention
+        overlap = overlap_of(lane, partition)
+        if lane is Lane.DECODE:
+            return factors.decode_split + (factors.decode_shared - factors.decode_split) * overlap
+        return factors.prefill_split + (factors.prefill_shared - factors.prefill_split) * overlap
+
+    def _rows_of(self, num_tokens: int) -> float:
+        rows = self._rows.get(num_tokens)
+        if rows is None:
+            rows = self._rows[num_tokens] = self.device.rows_of(num_tokens)
+        return rows
+
+    def _decode_attention(self, shape: BatchShape, rates: _Rates) -> float:
+        return rates.kv_token * shape.num_decode_context + self._sequence_ns * shape.num_decodes
+
+    def _tiled_attention(self, shape: BatchShape, rates: _Rates, num_decodes: int) -> float:
+        """Nanoseconds of the kernel that handles the chunks and, if it is fused, `num_decodes` decodes."""
+        device, units, num_tokens = self.device, rates.units, shape.num_prefill_tokens
+        tile_rows, tile_keys, num_heads = device.attention_tile_rows, device.attention_tile_keys, self.model.num_heads
+        longest: float = shape.num_prefill_longest or shape.num_prefill_context
+        if shape.num_prefill_chunks <= 1:
+            num_tiles: float = -(-num_tokens // tile_rows)
+            keys = num_tiles * shape.num_prefill_pairs / num_tokens
+        else:
+            # Where the chunks end within their tiles is not known: as if every last tile had one row.
+            padding = (tile_rows - 1) / tile_rows
+            num_tiles = num_tokens / tile_rows + padding * shape.num_prefill_chunks
+            keys = shape.num_prefill_pairs / tile_rows + padding * shape.num_prefill_context
+        num_bytes_as_tokens: float = shape.num_prefill_context
+        in_turn = -(-num_tiles * num_heads // units) * (longest + tile_keys)
+        if num_decodes:
+            context = shape.num_decode_context / num_decodes
+            decodes = -(-num_decodes * num_heads // units) * (context + tile_keys)
+            in_turn += decodes + _DELAY * min(in_turn, decodes)
+            longest = max(longest, context)
+            num_tiles += num_decodes
+            keys += shape.num_decode_context
+            num_bytes_as_tokens = max(
+                num_bytes_as_tokens, shape.num_decode_context * self._num_reads(shape, num_decodes, units)
+            )
+        longest += tile_keys
+        num_tiles *= num_heads
+        makespan = longest
+        if num_tiles > units:
+            evenly = num_heads * keys + num_tiles * tile_keys
+            evenly = evenly / units + device.attention_tail * longest
+            makespan = max(longest, min(in_turn, -(-num_tiles // units) * longest, evenly))
+        return max(rates.key * makespan, rates.kv_token * num_bytes_as_tokens)
+
+    def _num_reads(self, shape: BatchShape, num_decodes: int, units: float) -> float:
+        """How often a fused kernel reads the KV of the decodes from memory: once, or up to once for each head.
+
+        The heads of a group run in consecutive waves. Those of one wave share what they read; later ones find again
+        what part of the keys of all sequences fits the cache.
+        """
+        reads = min(self._group, max(1.0, self._group * num_decodes / units + self.device.cache_misalignment))
+        lost = 1.0 - self._cached_tokens / shape.num_decode_context
+        return 1.0 + (reads - 1.0) * lost if lost > 0 else 1.0
+
+
+def overlap_of(lane: Lane, partition: SlotPartition) -> float:
+    """Which part of a lane's units the other lane uses as well, from 0 (split) to 1."""
+    if partition.kind is PartitionKind.SPLIT:
+        return 0.0
+    if partition.kind is PartitionKind.CAP and lane is Lane.DECODE:
+        return partition.prefill_units / partition.decode_units
+    return 1.0

@@ -6,6 +6,7 @@ from agentserve.core.batch import ScheduledChunk
 from agentserve.core.engine import StepResult
 from agentserve.core.events import (
     BatchScheduled,
+    ControlDecided,
     EngineEvent,
     PrefillProgress,
     RequestAdmitted,
@@ -25,17 +26,20 @@ def _line(event: EngineEvent) -> str:
         case BatchScheduled(_, batch):
             chunks = " ".join(_chunk(chunk) for chunk in batch.chunks)
             ended = f" ended={','.join(batch.ended_request_ids)}" if batch.ended_request_ids else ""
-            return f"batch {batch.batch_id} {batch.lane} {batch.partition.label} [{chunks}]{ended}"
+            line = f"batch {batch.batch_id} {batch.lane} {batch.partition.label} [{chunks}]{ended}"
+        case ControlDecided(_, decision):
+            line = f"control {decision.partition.label} resume={decision.resume_budget} chunk={decision.prefill_chunk}"
         case RequestAdmitted(request_id, _, total, cached):
-            return f"admit {request_id} cached={cached}/{total}"
+            line = f"admit {request_id} cached={cached}/{total}"
         case PrefillProgress(request_id, _, computed, total):
-            return f"prefill {request_id} {computed}/{total}"
+            line = f"prefill {request_id} {computed}/{total}"
         case TokenGenerated(request_id, _, sample, index):
-            return f"token {request_id} #{index}={sample.token_id}"
+            line = f"token {request_id} #{index}={sample.token_id}"
         case RequestPreempted(request_id, _):
-            return f"preempt {request_id}"
+            line = f"preempt {request_id}"
         case RequestFinished(request_id, _, reason, stats, _):
-            return f"finish {request_id} {reason} prompt={stats.num_prompt_tokens} output={stats.num_output_tokens}"
+            line = f"finish {request_id} {reason} prompt={stats.num_prompt_tokens} output={stats.num_output_tokens}"
+    return line
 
 
 def _chunk(chunk: ScheduledChunk) -> str:

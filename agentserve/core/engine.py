@@ -20,7 +20,7 @@ from agentserve.core.events import (
 )
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.request import FinishReason, Request, RequestStatus
-from agentserve.core.scheduler import Scheduler
+from agentserve.core.scheduler import build_scheduler
 from agentserve.core.slots import PartitionTable
 from agentserve.core.stats import EngineStats
 
@@ -44,12 +44,13 @@ class EngineCore:
     are completions or commands, or when `next_deadline_ns` has come. Not thread-safe: one driver, one thread.
     """
 
-    def __init__(self, config: EngineConfig, table: PartitionTable, controller: Controller) -> None:
+    def __init__(self, config: EngineConfig, table: PartitionTable, controller: Controller | None) -> None:
+        """`controller`: only the scheduler `lanes` has one."""
         self.config = config
         self.memory = MemoryManager(
             config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self._scheduler = Scheduler(config, self.memory, table, controller)
+        self._scheduler = build_scheduler(config, self.memory, table, controller)
         self._requests: dict[str, Request] = {}
         self._sequence = 0
         self._last_now_ns: int | None = None
@@ -125,7 +126,7 @@ class EngineCore:
     def _complete(self, output: BatchOutput, now_ns: int, events: list[EngineEvent]) -> None:
         batch = self._scheduler.in_flight.get(output.lane)
         assert batch is not None and batch.batch_id == output.batch_id, f"unexpected {output}"
-        self._scheduler.batch_done(output.lane, output.finished_ns - output.started_ns)
+        self._scheduler.batch_done(output)
         self._num_batches[output.lane] += 1
         samples = {sample.request_id: sample for sample in output.samples}
         for chunk in batch.chunks:
@@ -215,6 +216,7 @@ class EngineCore:
             num_computed_prefill_tokens=self._num_computed_prefill_tokens,
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=scheduler.num_preemptions,
+            decision=scheduler.decision,
             num_evicted_blocks=memory.num_evicted_blocks,
             num_steps=self._num_steps,
             num_batches_prefill=self._num_batches[Lane.PREFILL],

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from agentserve.core.batch import Batch, TokenSample
+from agentserve.core.controllers import Decision
 from agentserve.core.request import FinishReason, SamplingParams
 
 # ---- commands ----
@@ -118,6 +119,20 @@ class BatchScheduled:
     batch: Batch
 
 
+@dataclass(frozen=True, slots=True)
+class ControlDecided:
+    """The controller changed its mind: how the device is shared from now on."""
+
+    at_ns: int
+    decision: Decision
+
+
 EngineEvent: TypeAlias = (
-    RequestAdmitted | PrefillProgress | TokenGenerated | RequestPreempted | RequestFinished | BatchScheduled
+    RequestAdmitted
+    | PrefillProgress
+    | TokenGenerated
+    | RequestPreempted
+    | RequestFinished
+    | BatchScheduled
+    | ControlDecided
 )

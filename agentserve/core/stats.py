@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from agentserve.core.controllers import Decision
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -23,3 +25,5 @@ class EngineStats:
     num_steps: int = 0
     num_batches_prefill: int = 0
     num_batches_decode: int = 0
+    decision: Decision | None = None
+    """How the device is shared at present; None before the first request and for schedulers without a controller."""

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from agentserve.config import EngineConfig
+from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.batch import BatchOutput, Lane, TokenSample
+from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import StepResult
 from agentserve.core.events import Command, EndRequest, SubmitRequest
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import AgentServeError, ConfigError, RecordingError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,9 @@ class Header:
     min_units: int
     model: str
     executor: str
+    device: DeviceProfile | None = None
+    """With `model_shape`: the cost model that a controller asks. None for controllers that need none."""
+    model_shape: ModelShape | None = None
     version: int = FORMAT_VERSION
 
 
@@ -109,7 +113,15 @@ class Recording:
             fields = json.loads(line)
             version = fields["version"]
             if version == FORMAT_VERSION:
-                return Header(**{**fields, "config": EngineConfig(**fields["config"])})
+                config = dict(fields.pop("config"))
+                control = ControlConfig(**config.pop("control"))
+                device, shape = fields.pop("device"), fields.pop("model_shape")
+                return Header(
+                    **fields,
+                    config=EngineConfig(**config, control=control),
+                    device=None if device is None else _device_from_json(device),
+                    model_shape=None if shape is None else ModelShape(**shape),
+                )
         except (ValueError, KeyError, TypeError, AgentServeError) as error:
             raise RecordingError(f"{self._path}:1: not the header of a recording: {error}") from None
         raise RecordingError(f"{self._path}: format version {version}, but this is version {FORMAT_VERSION}")
@@ -134,6 +146,11 @@ class Recording:
             )
         except (ValueError, KeyError, TypeError, AgentServeError) as error:
             raise RecordingError(f"{self._path}:{number}: not a step of a recording: {error!r}") from None
+
+
+def _device_from_json(value: dict[str, Any]) -> DeviceProfile:
+    rows = tuple((tokens, rows) for tokens, rows in value["rows"])
+    return DeviceProfile(**{**value, "rows": rows, "contention": Contention(**value["contention"])})
 
 
 def _command_to_json(command: Command) -> dict[str, Any]:

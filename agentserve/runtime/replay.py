@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentserve.core.controllers import Decision
-from agentserve.core.controllers.static import StaticController
+from agentserve.core.controllers.factory import build_controller
+from agentserve.core.costmodel import CostModel
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import EngineCore
 from agentserve.core.slots import build_partition_table
@@ -34,12 +34,11 @@ def build_core(header: Header) -> EngineCore:
     """An engine core as the header describes it. The daemon builds its own through this, too."""
     config = header.config
     table = build_partition_table(header.compute_units, header.unit_granularity, header.min_units)
-    decision = Decision(
-        partition=table.split_nearest(config.decode_share),
-        resume_budget=config.resume_budget,
-        prefill_chunk=config.prefill_chunk,
-    )
-    return EngineCore(config, table, StaticController(decision))
+    cost_model = None
+    if header.device is not None and header.model_shape is not None:
+        cost_model = CostModel(header.device, header.model_shape)
+    controller = build_controller(config, table, cost_model) if config.scheduler == "lanes" else None
+    return EngineCore(config, table, controller)
 
 
 def replay(path: Path) -> ReplayReport:

@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from agentserve.core.batch import Lane
+from agentserve.core.controllers import Decision
 from agentserve.core.events import RequestStats
 from agentserve.core.stats import EngineStats
 
@@ -128,6 +130,23 @@ class _EngineCollector(Collector):
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_generated_tokens)
         yield self._counter("num_preemptions", "Requests whose KV blocks were taken.", stats.num_preemptions)
         yield self._counter("num_evicted_blocks", "Cached KV blocks that were evicted.", stats.num_evicted_blocks)
+        yield self._counter("num_batches_prefill", "Batches of the prefill lane.", stats.num_batches_prefill)
+        yield self._counter("num_batches_decode", "Batches of the decode lane.", stats.num_batches_decode)
+        if stats.decision is not None:
+            yield from self._decision(stats.decision)
+
+    def _decision(self, decision: Decision) -> Iterator[Metric]:
+        partition = GaugeMetricFamily(
+            PREFIX + "partition_units",
+            "Compute units of a lane while both kinds of work are present.",
+            labels=["model_name", "lane", "kind"],
+        )
+        for lane in Lane:
+            units = decision.partition.units(lane)
+            partition.add_metric([self._model_name, lane.value, decision.partition.kind.value], units)
+        yield partition
+        yield self._gauge("resume_budget", "Resume-prefill tokens that may join a decode step.", decision.resume_budget)
+        yield self._gauge("prefill_chunk", "Prompt tokens in a batch that reads prompts.", decision.prefill_chunk)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=["model_name"])

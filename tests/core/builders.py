@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agentserve.config import EngineConfig
+from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.batch import Batch, BatchOutput, TokenSample
-from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
+from agentserve.core.costmodel import Contention, CostModel, DeviceProfile, ModelShape
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import RequestFinished, SubmitRequest
 from agentserve.core.request import SamplingParams
@@ -29,6 +29,8 @@ def config(**values: Any) -> EngineConfig:
         "resume_budget": 8,
         "resume_max_steps": 2,
         "resume_min_cached_tokens": 8,
+        "prefill_order": "fcfs",
+        "control": ControlConfig(controller="static"),
     }
     return EngineConfig(**{**defaults, **values})
 
@@ -41,6 +43,8 @@ def header(compute_units: int = 8, **values: Any) -> Header:
         min_units=1,
         model="test",
         executor="simulated",
+        device=device_profile(),
+        model_shape=model_shape(),
     )
 
 
@@ -59,23 +63,43 @@ def device_profile(**values: Any) -> DeviceProfile:
         "memory_bytes": 1 << 30,
         "bandwidth_bytes_per_s": 1e9,
         "flops_per_s": 2e9,
-        "bandwidth_knee": 0.25,
-        "contention": 1.25,
+        "rows": ((1.0, 1.0),),
+        "streaming_slowdown": 0.0,
+        "bandwidth_saturation": 0.8,
+        "rate_saturation": 0.0,
+        "kv_bandwidth_bytes_per_s": 1e9,
+        "attention_flops_per_s": 1e15,
+        "attention_tile_rows": 16,
+        "attention_tile_keys": 0.0,
+        "attention_tail": 0.0,
+        "fused_attention": False,
+        "cache_bytes": 1,
+        "cache_misalignment": 0.0,
         "overhead_ns": 0,
+        "layer_overhead_ns": 0.0,
+        "sequence_overhead_ns": 0.0,
+        "sample_overhead_ns": 0.0,
+        "contention": Contention.uniform(1.25),
         "provenance": "made up",
     }
     return DeviceProfile(**{**defaults, **values})
 
 
-def cost_model(**values: Any) -> CostModel:
-    shape = ModelShape(
+def model_shape() -> ModelShape:
+    return ModelShape(
         num_linear_parameters=1_000_000,
         num_head_parameters=0,
         weight_bytes=8_000_000,
         kv_bytes_per_token=1000,
         attention_flops_per_pair=0,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
     )
-    return CostModel(device_profile(**values), shape)
+
+
+def cost_model(**values: Any) -> CostModel:
+    return CostModel(device_profile(**values), model_shape())
 
 
 def simulated(num_blocks: int = 64, block_size: int = 4) -> SimulatedExecutor:

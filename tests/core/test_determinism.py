@@ -4,14 +4,32 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from agentserve.config import ControlConfig
 from agentserve.core.decision_log import describe
 from agentserve.core.events import EndRequest
 from agentserve.core.request import FinishReason
 from agentserve.runtime.virtual import VirtualDriver
 from tests.core.builders import MS, submit, virtual
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "three_agents.log"
+GOLDEN = Path(__file__).parent.parent / "golden"
+
+WAYS: dict[str, dict[str, Any]] = {
+    "static": {},
+    "stream": {"control": ControlConfig(controller="static", slots="stream")},
+    "turns": {"control": ControlConfig(controller="static", slots="off")},
+    "reactive": {"control": ControlConfig(controller="reactive", interval_ns=50 * MS)},
+    "predictive": {"control": ControlConfig()},
+    "predictive-ttft": {"control": ControlConfig(ttft_target_ns=250 * MS)},
+    "shortest": {"prefill_order": "shortest"},
+    "chunked": {"scheduler": "chunked", "max_num_batched_tokens": 16},
+    "prefill-first": {"scheduler": "prefill-first"},
+    "fcfs": {"scheduler": "fcfs"},
+}
+"""Every controller and every scheduler."""
 
 
 def three_agents(driver: VirtualDriver) -> VirtualDriver:
@@ -34,10 +52,31 @@ def log_of(driver: VirtualDriver) -> list[str]:
     return lines
 
 
-def test_the_golden_decision_log() -> None:
-    log = log_of(three_agents(virtual(num_blocks=22, max_model_len=64)))
-    expected = GOLDEN.read_text(encoding="utf-8").splitlines()
-    assert log == expected, "decisions changed: if that is meant, write the new log to tests/golden and say why"
+def shared_device(driver: VirtualDriver) -> VirtualDriver:
+    """Two streams decode while two cold prompts and a resume come: what a controller is for."""
+    driver.at(0, submit("x", 20, max_tokens=70))
+    driver.at(0, submit("y", 12, max_tokens=60, seed=1))
+    driver.at(100 * MS, submit("long", 150, max_tokens=3, seed=2))
+    driver.at(110 * MS, submit("short", 30, max_tokens=3, seed=3))
+    driver.at(400 * MS, submit("resume", (*submit("long", 150).prompt_token_ids, *range(9, 22)), max_tokens=4, seed=4))
+    driver.at(420 * MS, submit("late", 100, max_tokens=2, seed=5))
+    return driver
+
+
+def golden_logs(name: str) -> dict[str, list[str]]:
+    """The logs of one way, by file name."""
+    values = WAYS[name]
+    return {
+        f"three_agents.{name}.log": log_of(three_agents(virtual(num_blocks=22, max_model_len=64, **values))),
+        f"shared_device.{name}.log": log_of(shared_device(virtual(num_blocks=200, **values))),
+    }
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_golden_decision_logs(name: str) -> None:
+    for file, log in golden_logs(name).items():
+        expected = (GOLDEN / file).read_text(encoding="utf-8").splitlines()
+        assert log == expected, "decisions changed: if that is meant, run python -m tests.golden.regenerate and say why"
 
 
 def random_workload(driver: VirtualDriver, seed: int) -> VirtualDriver:

@@ -222,15 +222,15 @@ def test_progress_and_times_are_reported() -> None:
     results = driver.run()
     progress = [e for r in results for e in r.events if isinstance(e, PrefillProgress)]
     # 16 tokens at 1 ms each (8 ms for the weights is less), then 4 tokens: 8 ms of weights is more.
-    # KV: 16 and 20 tokens at 1 us each come on top of the weights only.
+    # KV: 16 and 20 tokens at 1 us each come on top.
     assert [(e.at_ns, e.num_computed_tokens, e.num_total_tokens) for e in progress] == [
-        (21 * MS, 16, 20),
-        (29 * MS + 20_000, 20, 20),
+        (21 * MS + 16_000, 16, 20),
+        (29 * MS + 36_000, 20, 20),
     ]
     stats = finished(results)["a"].stats
     assert stats.arrival_ns == stats.first_scheduled_ns == 5 * MS
-    assert stats.first_token_ns == 29 * MS + 20_000
-    assert stats.last_token_ns == 37 * MS + 41_000
+    assert stats.first_token_ns == 29 * MS + 36_000
+    assert stats.last_token_ns == 37 * MS + 57_000
 
 
 def test_time_must_not_go_backwards() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from agentserve.config import CONTROLLERS, PREFILL_ORDERS, SCHEDULERS, SLOTS, ControlConfig
 from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.engine import StepResult
 from agentserve.core.events import Command, EndRequest, RequestFinished, TokenGenerated
@@ -13,11 +16,17 @@ from agentserve.core.request import FinishReason
 from tests.core.builders import core, submit
 
 
+WAYS = [
+    {"control": ControlConfig(controller=controller, slots=slots)} for controller in CONTROLLERS for slots in SLOTS
+] + [{"scheduler": scheduler} for scheduler in SCHEDULERS if scheduler != "lanes"]
+"""Every controller with every kind of slots, and the baselines."""
+
+
 class EngineMachine(RuleBasedStateMachine):
     """A tiny pool (10 blocks of 4), so that exhaustion and preemption happen all the time."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    @initialize(way=st.sampled_from(WAYS), order=st.sampled_from(PREFILL_ORDERS))
+    def build(self, way: dict[str, Any], order: str) -> None:
         self.core = core(
             num_blocks=10,
             max_model_len=40,
@@ -25,7 +34,13 @@ class EngineMachine(RuleBasedStateMachine):
             prefill_chunk=7,
             resume_budget=3,
             resume_min_cached_tokens=4,
+            max_num_batched_tokens=20,
+            prefill_order=order,
+            **way,
         )
+
+    def __init__(self) -> None:
+        super().__init__()
         self.now_ns = 0
         self.num_submitted = 0
         self.alive: set[str] = set()
@@ -87,8 +102,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.step([])
 
     @precondition(lambda self: self.flying)
-    @rule(data=st.data(), fails=st.sampled_from([False] * 9 + [True]))
-    def complete(self, data: st.DataObject, fails: bool) -> None:
+    @rule(data=st.data(), fails=st.sampled_from([False] * 9 + [True]), took_ns=st.sampled_from([1, 10**6, 10**8]))
+    def complete(self, data: st.DataObject, fails: bool, took_ns: int) -> None:
+        started_ns, self.now_ns = self.now_ns, self.now_ns + took_ns
         lanes = data.draw(st.permutations(sorted(self.flying)))
         lanes = lanes[: data.draw(st.integers(1, len(lanes)))]
         outputs = []
@@ -101,7 +117,7 @@ class EngineMachine(RuleBasedStateMachine):
                 if chunk.sample is not None
             )
             error = "made to fail" if fails else None
-            outputs.append(BatchOutput(batch.batch_id, lane, 0, 1, () if fails else samples, error))
+            outputs.append(BatchOutput(batch.batch_id, lane, started_ns, self.now_ns, () if fails else samples, error))
         self.step(outputs)
 
     @invariant()
@@ -111,6 +127,8 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everything that was accepted comes to an end, and every block comes back."""
+        if not hasattr(self, "core"):
+            return  # hypothesis gave up before the first rule
         for _ in range(2000):
             if not (self.alive or self.flying or self.commands):
                 break
@@ -118,8 +136,8 @@ class EngineMachine(RuleBasedStateMachine):
                 BatchOutput(
                     batch.batch_id,
                     lane,
-                    0,
-                    1,
+                    self.now_ns,
+                    self.now_ns + 1,
                     tuple(TokenSample(c.request_id, c.end % 2) for c in batch.chunks if c.sample),
                 )
                 for lane, batch in self.flying.items()

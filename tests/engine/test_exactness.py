@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from agentserve.config import EngineConfig
+from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import SubmitRequest
 from agentserve.core.executor import Executor
@@ -60,9 +61,13 @@ class Subject:
     """Output tokens of each prompt."""
 
 
-def make_core(executor: Executor, **values: int) -> EngineCore:
+def make_core(executor: Executor, **values: Any) -> EngineCore:
     capabilities = executor.capabilities()
-    defaults = {"max_model_len": 512, "max_num_seqs": NUM_PROMPTS}
+    defaults = {
+        "max_model_len": 512,
+        "max_num_seqs": NUM_PROMPTS,
+        "control": ControlConfig(controller="static"),
+    }
     config = EngineConfig(num_blocks=capabilities.num_blocks, block_size=BLOCK_SIZE, **{**defaults, **values})
     units = capabilities.compute_units
     return build_core(Header(config, units, capabilities.unit_granularity, capabilities.min_units, "m", "cpu"))
@@ -168,6 +173,27 @@ def test_each_alone(subject: Subject, executor_of: Callable[..., TorchExecutor])
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor), executor, requests, apart=True)
     assert all(len(batch.chunks) == 1 for batch in run.batches)
+    check(subject, requests, run)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"control": ControlConfig(controller="static", slots="off"), "prefill_chunk": 48},
+        {"scheduler": "chunked", "max_num_batched_tokens": 40},
+        {"scheduler": "prefill-first"},
+        {"scheduler": "fcfs"},
+    ],
+    ids=["turns", "chunked", "prefill-first", "fcfs"],
+)
+def test_prompts_and_decodes_in_one_batch(
+    subject: Subject, executor_of: Callable[..., TorchExecutor], values: dict[str, Any]
+) -> None:
+    executor = executor_of(subject.model)
+    requests = requests_for(subject.prompts, subject.num_tokens)
+    run = drive(make_core(executor, **values), executor, requests)
+    if values.get("scheduler") not in {"prefill-first", "fcfs"}:  # there all prompts fit into the first batch
+        assert any(len({chunk.work_class for chunk in batch.chunks}) > 1 for batch in run.batches), "never mixed"
     check(subject, requests, run)
 
 

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from agentserve.core.controllers import ControlSignal, Decision
+from agentserve.config import EngineConfig
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.slots import PartitionTable
 
 
 class StaticController:
-    """Always returns the same decision; for experiments and as the baseline of the adaptive ones."""
+    """Always returns the same decision: the ablation without an algorithm, and the baseline of the adaptive ones."""
 
     def __init__(self, decision: Decision) -> None:
         self._decision = decision
 
+    def observe(self, observation: BatchObservation) -> None:
+        """What happened changes nothing."""
+
     def decide(self, signal: ControlSignal) -> Decision:  # noqa: ARG002 - the point of this controller
         return self._decision
+
+
+def static_decision(config: EngineConfig, table: PartitionTable) -> Decision:
+    """The decision that the configuration describes."""
+    partition = {
+        "auto": table.split_nearest(config.control.decode_share),
+        "stream": table.stream,
+        "off": table.whole,
+    }[config.control.slots]
+    return Decision(partition, config.resume_budget, config.prefill_chunk)

@@ -1,28 +1,31 @@
-"""What runs next: admission, and the batches of the two lanes.
+"""What every scheduler does: admission, memory pressure, chunks, and the books of the lanes.
 
-The decode lane takes every running decode plus resume-prefill chunks within the budget; the prefill lane takes cold
-and long resume prefills in chunks. Each lane has at most one batch in flight. A lane that runs alone gets the whole
-device; while both are busy the controller's partition holds. (AgentServe, section 4; design, section 5.)
+Each lane has at most one batch in flight. What goes into the batches is what schedulers differ in: `lanes.py` is ours,
+`baselines.py` has the others.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
 from agentserve.config import EngineConfig
-from agentserve.core.batch import Batch, Lane, SampleSpec, ScheduledChunk
-from agentserve.core.classify import classify, lane_of
-from agentserve.core.controllers import Controller, ControlSignal, Decision
+from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
+from agentserve.core.classify import classify
+from agentserve.core.controllers import Controller, Decision
 from agentserve.core.events import BatchScheduled, EngineEvent, RequestAdmitted, RequestPreempted
 from agentserve.core.memory.manager import AllocationOutcome, MemoryManager
 from agentserve.core.queues import RankedQueue, rank
 from agentserve.core.request import Request, RequestStatus, WorkClass
-from agentserve.core.slots import PartitionTable
+from agentserve.core.scheduler.observer import LaneObserver
+from agentserve.core.slots import PartitionTable, SlotPartition
 
 
-class Scheduler:
+class Scheduler(ABC):
     """Owns the queues and the lanes. `EngineCore` calls it; nobody else does."""
 
     def __init__(
-        self, config: EngineConfig, memory: MemoryManager, table: PartitionTable, controller: Controller
+        self, config: EngineConfig, memory: MemoryManager, table: PartitionTable, controller: Controller | None = None
     ) -> None:
         self._config = config
         self._memory = memory
@@ -31,13 +34,15 @@ class Scheduler:
         self.waiting = RankedQueue()
         self.running = RankedQueue()
         self.in_flight: dict[Lane, Batch] = {}
+        self.decision: Decision | None = None
+        """How the device is shared at present, if a controller decides that."""
+        self._observer = LaneObserver()
         self._waits_for: dict[str, str] = {}
         """Waiting request -> the request that computes the prefix it needs; asked again when that one moves on."""
         self._refused: tuple[str, int, int] | None = None
         """Who got no memory, and the state of things then: asking again is not free for a long prompt."""
         self._ended: list[str] = []
         self._num_batches = 0
-        self._decode_step_ns: int | None = None
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
@@ -50,10 +55,12 @@ class Scheduler:
         if self._waits_for:
             self._waits_for = {w: owner for w, owner in self._waits_for.items() if owner != owner_id}
 
-    def batch_done(self, lane: Lane, duration_ns: int) -> None:
-        del self.in_flight[lane]
-        if lane is Lane.DECODE:
-            self._decode_step_ns = duration_ns
+    def batch_done(self, output: BatchOutput) -> None:
+        """Frees the lane of a batch that is done, and tells the controller what became of it."""
+        batch = self.in_flight.pop(output.lane)
+        observation = self._observer.finished(batch, output)
+        if output.error is None and self._controller is not None:
+            self._controller.observe(observation)
 
     def drop(self, request: Request) -> None:
         """Takes a request that ends out of its queue and gives its blocks back."""
@@ -64,6 +71,16 @@ class Scheduler:
             self.waiting.remove(request)
             self._waits_for.pop(request.request_id, None)
 
+    # ---- what schedulers differ in ----
+
+    @abstractmethod
+    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
+        """Chunks for idle lanes; called only while some request runs. Chunks of a lane may be empty."""
+
+    def _co_partition(self) -> SlotPartition:
+        """The partition for a batch that starts while the other lane is busy."""
+        return self._table.stream
+
     # ---- scheduling ----
 
     def schedule(self, now_ns: int, events: list[EngineEvent]) -> None:
@@ -73,15 +90,10 @@ class Scheduler:
         self._admit(now_ns, events)
         if not self.running:
             return
-        decision = self._controller.decide(self._signal(now_ns))
-        chunks: dict[Lane, list[ScheduledChunk]] = {}
-        if Lane.DECODE not in self.in_flight:
-            chunks[Lane.DECODE] = self._decode_chunks(now_ns, decision, events)
-        if Lane.PREFILL not in self.in_flight:
-            chunks[Lane.PREFILL] = self._prefill_chunks(decision)
+        chunks = self._compose(now_ns, events)
         busy = {lane for lane, lane_chunks in chunks.items() if lane_chunks} | set(self.in_flight)
         co_running = len(busy) == len(Lane)
-        partition = decision.partition if co_running else self._table.whole
+        partition = self._co_partition() if co_running else self._table.whole
         for lane, lane_chunks in chunks.items():
             if not lane_chunks:
                 continue
@@ -96,16 +108,8 @@ class Scheduler:
             self._ended.clear()
             self._num_batches += 1
             self.in_flight[lane] = batch
+            self._observer.started(batch, now_ns)
             events.append(BatchScheduled(now_ns, batch))
-
-    def _signal(self, now_ns: int) -> ControlSignal:
-        missing = [request.num_remaining_prefill_tokens for request in self.running]
-        return ControlSignal(
-            now_ns=now_ns,
-            num_decodes=missing.count(0),
-            num_pending_prefill_tokens=sum(missing),
-            decode_step_ns=self._decode_step_ns,
-        )
 
     def _admit(self, now_ns: int, events: list[EngineEvent]) -> None:
         """Gives blocks to waiting requests, first come first served.
@@ -155,7 +159,9 @@ class Scheduler:
         self.num_prefix_hit_tokens += num_cached_tokens
         events.append(RequestAdmitted(request.request_id, now_ns, len(request.token_ids), num_cached_tokens))
 
-    def _decode_chunks(self, now_ns: int, decision: Decision, events: list[EngineEvent]) -> list[ScheduledChunk]:
+    def _decodes(self, now_ns: int, events: list[EngineEvent]) -> list[ScheduledChunk]:
+        """A chunk for each running decode that is not in flight; makes room for its next token, by preemption if need
+        be."""
         chunks = []
         # A copy: a preemption changes the queue.
         for request in list(self.running):
@@ -165,28 +171,38 @@ class Scheduler:
                 continue
             if self._grow(request, now_ns, events):
                 chunks.append(self._chunk(request, WorkClass.DECODE, 1))
-        # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
-        budget = decision.resume_budget if chunks else max(decision.resume_budget, decision.prefill_chunk)
-        chunks += self._prompt_chunks(Lane.DECODE, budget, decision)
         return chunks
 
-    def _prefill_chunks(self, decision: Decision) -> list[ScheduledChunk]:
-        return self._prompt_chunks(Lane.PREFILL, decision.prefill_chunk, decision)
+    def _prefilling(self) -> list[Request]:
+        """Running requests whose prompt has tokens left that are not in flight, the next one first."""
+        requests = [r for r in self.running if r.is_prefilling and not r.in_flight]
+        if self._config.prefill_order == "shortest" and len(requests) > 1:
+            requests.sort(key=self._shortest_first)
+        return requests
 
-    def _prompt_chunks(self, lane: Lane, budget: int, decision: Decision) -> list[ScheduledChunk]:
-        """Chunks of the prompts that belong to `lane`, in order of rank, `budget` tokens in all."""
-        resume_limit = decision.resume_budget * self._config.resume_max_steps
+    def _shortest_first(self, request: Request) -> tuple[int, int, int]:
+        """Shortest remaining prompt first, with aging.
+
+        What a request has to its credit for its age grows by `aging_tokens_per_s`. The same amount grows for all, so
+        the order is that of `remaining + rate * arrival`, which does not change while they wait: a prompt of R tokens
+        is overtaken only by those that arrive less than R / rate seconds after it.
+        """
+        age_key = request.num_remaining_prefill_tokens * 1_000_000_000
+        return (
+            request.priority,
+            age_key + self._config.aging_tokens_per_s * request.arrival_ns,
+            request.sequence,
+        )
+
+    def _prompts(self, requests: Iterable[Request], budget: int) -> list[ScheduledChunk]:
+        """The next chunks of `requests`, in their order, `budget` tokens in all."""
         chunks = []
-        for request in self.running:
-            if budget == 0:
+        for request in requests:
+            if budget <= 0:
                 break
-            if request.in_flight or not request.is_prefilling:
-                continue
-            work_class = classify(request, self._config.resume_min_cached_tokens)
-            if lane_of(request, work_class, resume_limit) is not lane:
-                continue
             num_tokens = min(budget, request.num_remaining_prefill_tokens)
             budget -= num_tokens
+            work_class = classify(request, self._config.resume_min_cached_tokens)
             chunks.append(self._chunk(request, work_class, num_tokens))
         return chunks
 

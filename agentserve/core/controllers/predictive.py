@@ -1,0 +1,199 @@
+"""The default controller: asks the cost model what each way to share the device would do, and takes the best.
+
+Each *option* is a partition with a chunk size. Its predicted time between two tokens must stay under the target; of
+those that do, the one with the most prefill progress wins. Options are the splits, the caps, the shared device, and
+taking turns (prompts in the batches of the decodes), so a split is made only where it is predicted to pay: aggregate by
+default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general form.
+
+Predictions are corrected by what was measured, per way of sharing. A change of partition must promise more than the
+hysteresis.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from agentserve.config import EngineConfig
+from agentserve.core.batch import Lane
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.controllers.correction import Corrections, Mode
+from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
+
+_CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_NEAR_BEST = 0.9
+"""A chunk of the prefill lane is the smallest one with this share of the best rate: its end is never far away."""
+_MIN_PREFILL_SHARE = 0.25
+"""Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
+prompts that grows without bound helps nobody's time per token in the end."""
+_MAX_AGE = 8
+"""Decisions for which a plan is kept while the work stays alike."""
+_CONTEXT_STEP = 256
+"""A plan is kept while the context of the decodes grows by less than this per sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A way to share the device, and what is predicted of it."""
+
+    decision: Decision
+    tpot_ns: float
+    prefill_rate: float
+    """Prompt tokens per second."""
+
+
+class PredictiveController:
+    """See the module."""
+
+    def __init__(self, config: EngineConfig, table: PartitionTable, cost_model: CostModel, tpot_target_ns: int) -> None:
+        self._config = config
+        self._table = table
+        self._cost = cost_model
+        self._target_ns = tpot_target_ns
+        self._ttft_target_ns = config.control.ttft_target_ns
+        self._hysteresis = config.control.hysteresis
+        limit = config.max_num_batched_tokens
+        self._chunks = tuple(c for c in _CHUNKS if c <= limit) or (limit,)
+        slots = config.control.slots
+        self._shared = {
+            "auto": (*table.splits, *table.caps, table.stream),
+            "stream": (table.stream,),
+            "off": (),
+        }[slots]
+        self._corrections = Corrections()
+        self._lane_chunks = {p: self._lane_chunk(p, p.kind is not PartitionKind.WHOLE) for p in self._shared}
+        self._lone_chunk = self._lane_chunk(table.whole, co_running=False)
+        self._plan: Option | None = None
+        self._planned_for: tuple[int, bool, bool, int] | None = None
+        self._age = 0
+
+    def observe(self, observation: BatchObservation) -> None:
+        batch = observation.batch
+        if not (observation.co_running or observation.alone):
+            return  # neither the one nor the other: it says nothing about either
+        predicted_ns = self._cost.duration_ns(observation.shape, batch.lane, batch.partition, observation.co_running)
+        mode = self._mode(batch.lane, batch.partition, observation.shape)
+        if batch.co_running == observation.co_running:
+            self._corrections.observe(mode, observation.duration_ns / max(1, predicted_ns))
+        if observation.since_previous_decode_ns is not None and batch.lane is Lane.DECODE:
+            self._corrections.observe_gap(observation.since_previous_decode_ns - observation.duration_ns)
+
+    def decide(self, signal: ControlSignal) -> Decision:
+        if signal.decodes.num_decodes == 0:
+            # Nobody waits for a next token.
+            self._planned_for = None
+            return Decision(self._table.whole, self._lone_chunk, self._lone_chunk)
+        if self._plan is not None and signal.num_resume_tokens + signal.num_prefill_tokens == 0:
+            return self._plan.decision  # there is nothing to share the device with
+        key = (
+            signal.decodes.num_decodes,
+            signal.num_resume_tokens > 0,
+            signal.num_prefill_tokens > 0,
+            signal.decodes.num_decode_context // (_CONTEXT_STEP * signal.decodes.num_decodes),
+        )
+        self._age += 1
+        if self._plan is None or key != self._planned_for or self._age >= _MAX_AGE or self._ttft_target_ns is not None:
+            self._plan = self._choose(signal)
+            self._planned_for = key
+            self._age = 0
+        return self._plan.decision
+
+    # ---- options ----
+
+    def _choose(self, signal: ControlSignal) -> Option:
+        options = self.options(signal)
+        needed_rate = self._needed_rate(signal)
+        floor = _MIN_PREFILL_SHARE * self._lone_rate(signal)
+        fast_enough = [o for o in options if o.prefill_rate >= floor] or [max(options, key=lambda o: o.prefill_rate)]
+
+        def merit(option: Option) -> tuple[float, float]:
+            """Smaller is better: by how much a target is missed, then what matters among those that meet it."""
+            missed = max(option.tpot_ns / self._target_ns, 1.0)
+            if self._ttft_target_ns is None:
+                return (missed, -option.prefill_rate)
+            # In time is early enough: then the smoother stream is the better one.
+            return (max(missed, needed_rate / option.prefill_rate), option.tpot_ns)
+
+        best = min(fast_enough, key=merit)
+        present = min((o for o in fast_enough if self._is_present(o)), key=merit, default=None)
+        if present is None or present is best:
+            return best
+        missed_alike = merit(present)[0] <= merit(best)[0] * (1.0 + self._hysteresis / 2)
+        if missed_alike and best.prefill_rate < present.prefill_rate * (1.0 + self._hysteresis):
+            return present
+        return best
+
+    def _is_present(self, option: Option) -> bool:
+        return self._plan is not None and option.decision.partition == self._plan.decision.partition
+
+    def options(self, signal: ControlSignal) -> list[Option]:
+        """All ways to share the device with this work."""
+        found = [self._turns(signal, chunk) for chunk in self._chunks]
+        if signal.num_prefill_tokens > 0:
+            found += [self._side_by_side(signal, partition) for partition in self._shared]
+        return found
+
+    def _turns(self, signal: ControlSignal, chunk: int) -> Option:
+        pending = signal.num_prefill_tokens + signal.num_resume_tokens
+        shape = signal.decodes.with_prefill(chunk, signal.prefill_start)
+        tpot_ns = self._predict(shape, Lane.DECODE, self._table.whole, False) + self._corrections.gap_ns
+        return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, min(chunk, max(pending, 1)) * 1e9 / tpot_ns)
+
+    def _side_by_side(self, signal: ControlSignal, partition: SlotPartition) -> Option:
+        chunk = self._lane_chunks[partition]
+        prefill = BatchShape().with_prefill(chunk, signal.prefill_start)
+        rate = chunk * 1e9 / self._predict(prefill, Lane.PREFILL, partition, True)
+        budget, tpot_ns = self._resume_budget(signal, partition)
+        if signal.num_resume_tokens > 0:
+            rate += min(budget, signal.num_resume_tokens) * 1e9 / tpot_ns
+        else:
+            tpot_ns = self._predict(signal.decodes, Lane.DECODE, partition, True) + self._corrections.gap_ns
+        return Option(Decision(partition, budget, chunk), tpot_ns, rate)
+
+    def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:
+        """The most resume tokens in a decode batch that keep the target, at least the configured minimum."""
+        control = self._config.control
+        found: tuple[int, float] | None = None
+        for budget in (control.min_resume_budget, *self._chunks):
+            if not control.min_resume_budget <= budget <= control.max_resume_budget:
+                continue
+            shape = signal.decodes.with_prefill(budget)
+            tpot_ns = self._predict(shape, Lane.DECODE, partition, True) + self._corrections.gap_ns
+            if found is not None and tpot_ns > self._target_ns:
+                break
+            found = (budget, tpot_ns)
+        assert found is not None
+        return found
+
+    # ---- predictions ----
+
+    def _predict(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> float:
+        predicted_ns = self._cost.duration_ns(shape, lane, partition, co_running)
+        return predicted_ns * self._corrections.factor(self._mode(lane, partition, shape))
+
+    @staticmethod
+    def _mode(lane: Lane, partition: SlotPartition, shape: BatchShape) -> Mode:
+        """What shares a correction."""
+        return (lane.value, partition.kind.value, bool(shape.num_decodes and shape.num_prefill_tokens))
+
+    def _lone_rate(self, signal: ControlSignal) -> float:
+        prefill = BatchShape().with_prefill(self._lone_chunk, signal.prefill_start)
+        return self._lone_chunk * 1e9 / self._predict(prefill, Lane.PREFILL, self._table.whole, False)
+
+    def _needed_rate(self, signal: ControlSignal) -> float:
+        """Prompt tokens per second that bring the first token of the oldest prompt in time."""
+        if self._ttft_target_ns is None or signal.oldest_prefill_arrival_ns is None:
+            return 0.0
+        left_ns = signal.oldest_prefill_arrival_ns + self._ttft_target_ns - signal.now_ns
+        pending = signal.num_prefill_tokens + signal.num_resume_tokens
+        return pending * 1e9 / max(left_ns, self._target_ns)
+
+    def _lane_chunk(self, partition: SlotPartition, co_running: bool) -> int:
+        """The smallest chunk that is nearly as good as any: a batch boundary is never far."""
+        limit = self._config.prefill_chunk
+        chunks = [c for c in self._chunks if c <= limit] or [min(limit, self._chunks[0])]
+        durations = [
+            self._cost.duration_ns(BatchShape().with_prefill(c), Lane.PREFILL, partition, co_running) for c in chunks
+        ]
+        best = max(c / d for c, d in zip(chunks, durations, strict=True))
+        return next(c for c, d in zip(chunks, durations, strict=True) if c / d >= _NEAR_BEST * best)

@@ -1,0 +1,57 @@
+"""Schedulers of other engines in this engine, so that a comparison differs in nothing else.
+
+They run one batch at a time on the whole device and ask no controller. `EngineConfig.max_num_batched_tokens` bounds
+every batch.
+"""
+
+from __future__ import annotations
+
+from agentserve.core.batch import Lane, ScheduledChunk
+from agentserve.core.events import EngineEvent
+from agentserve.core.scheduler.base import Scheduler
+
+
+class ChunkedScheduler(Scheduler):
+    """Chunked prefill in hybrid batches (Sarathi-Serve, section 4; vLLM's default).
+
+    Every batch holds all decodes and as much of the prompts as the token budget leaves room for. With a budget of
+    2,048 tokens, vLLM's default, most prompts of agents are one chunk; Sarathi-Serve argues for 512 or less.
+    """
+
+    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
+        if self.in_flight:
+            return {}
+        decodes = self._decodes(now_ns, events)
+        prompts = self._prompts(self._prefilling(), self._config.max_num_batched_tokens - len(decodes))
+        return {Lane.DECODE if decodes else Lane.PREFILL: decodes + prompts}
+
+
+class PrefillFirstScheduler(Scheduler):
+    """Prompts before decodes, never in one batch (the default of SGLang, and of vLLM before version 1).
+
+    Best for the time to the first token; a stream stands still while prompts are read.
+    """
+
+    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
+        if self.in_flight:
+            return {}
+        prompts = self._prompts(self._prefilling(), self._config.max_num_batched_tokens)
+        if prompts:
+            return {Lane.PREFILL: prompts}
+        return {Lane.DECODE: self._decodes(now_ns, events)}
+
+
+class FcfsScheduler(Scheduler):
+    """Requests in order of arrival, each as far as it can go (like llama.cpp's server).
+
+    A batch takes the decodes and then whole prompts, the oldest first; the next prompt waits until the one before it is
+    in a batch to its end.
+    """
+
+    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
+        if self.in_flight:
+            return {}
+        decodes = self._decodes(now_ns, events)
+        oldest_first = (request for request in self.running if request.is_prefilling)
+        prompts = self._prompts(oldest_first, self._config.max_num_batched_tokens - len(decodes))
+        return {Lane.DECODE if decodes else Lane.PREFILL: decodes + prompts}

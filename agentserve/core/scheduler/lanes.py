@@ -1,0 +1,100 @@
+"""Our scheduler: two lanes and a controller.
+
+The decode lane takes every running decode plus resume-prefill chunks within the budget; the prefill lane takes cold
+and long resume prefills in chunks. A lane that runs alone gets the whole device; while both kinds of work are present
+the controller's partition holds (AgentServe, section 4). If that is the whole device, the lanes take turns: prompts are
+computed in the batches of the decode lane, as in Sarathi-Serve, and no batch of the prefill lane is started.
+"""
+
+from __future__ import annotations
+
+from agentserve.config import EngineConfig
+from agentserve.core.batch import Lane, ScheduledChunk
+from agentserve.core.classify import classify, lane_of
+from agentserve.core.controllers import Controller, ControlSignal, Decision
+from agentserve.core.costmodel import BatchShape
+from agentserve.core.events import ControlDecided, EngineEvent
+from agentserve.core.memory.manager import MemoryManager
+from agentserve.core.request import Request, RequestStatus
+from agentserve.core.scheduler.base import Scheduler
+from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
+
+
+class LaneScheduler(Scheduler):
+    """See the module. The controller is asked at every step at which a lane is idle."""
+
+    def __init__(
+        self, config: EngineConfig, memory: MemoryManager, table: PartitionTable, controller: Controller
+    ) -> None:
+        super().__init__(config, memory, table, controller)
+        self._decide = controller.decide
+
+    def _co_partition(self) -> SlotPartition:
+        assert self.decision is not None
+        partition = self.decision.partition
+        # Taking turns, but the other lane is still busy from before: both have everything until that batch is done.
+        return self._table.stream if partition.kind is PartitionKind.WHOLE else partition
+
+    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
+        prefilling = self._prefilling()
+        decision = self._decide(self._signal(now_ns, prefilling))
+        if decision != self.decision:
+            self.decision = decision
+            events.append(ControlDecided(now_ns, decision))
+        short, long = self._by_lane(prefilling, decision)
+        takes_turns = decision.partition.kind is PartitionKind.WHOLE
+        chunks: dict[Lane, list[ScheduledChunk]] = {}
+        if Lane.DECODE not in self.in_flight:
+            decodes = self._decodes(now_ns, events)
+            # A preemption may have taken blocks away.
+            short, long = self._still_running(short), self._still_running(long)
+            if takes_turns and (decodes or short) and Lane.PREFILL not in self.in_flight:
+                prompts = self._prompts([*short, *long], self._room(decision.prefill_chunk, decodes))
+            else:
+                # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
+                budget = decision.resume_budget if decodes else max(decision.resume_budget, decision.prefill_chunk)
+                prompts = self._prompts(short, self._room(budget, decodes))
+            chunks[Lane.DECODE] = decodes + prompts
+        decode_lane_busy = Lane.DECODE in self.in_flight or bool(chunks.get(Lane.DECODE))
+        if Lane.PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
+            chunks[Lane.PREFILL] = self._prompts(long, self._room(decision.prefill_chunk, []))
+        return chunks
+
+    def _room(self, budget: int, decodes: list[ScheduledChunk]) -> int:
+        return min(budget, self._config.max_num_batched_tokens - len(decodes))
+
+    @staticmethod
+    def _still_running(requests: list[Request]) -> list[Request]:
+        return [request for request in requests if request.status is RequestStatus.RUNNING]
+
+    def _by_lane(self, prefilling: list[Request], decision: Decision) -> tuple[list[Request], list[Request]]:
+        """Requests whose prompts belong to the decode lane, and the others; the order is kept."""
+        limit = decision.resume_budget * self._config.resume_max_steps
+        short: list[Request] = []
+        long: list[Request] = []
+        for request in prefilling:
+            work_class = classify(request, self._config.resume_min_cached_tokens)
+            (short if lane_of(request, work_class, limit) is Lane.DECODE else long).append(request)
+        return short, long
+
+    def _signal(self, now_ns: int, prefilling: list[Request]) -> ControlSignal:
+        num_decodes = num_context = 0
+        oldest_ns: int | None = None
+        for request in self.running:
+            if not request.is_prefilling:
+                num_decodes += 1
+                num_context += len(request.token_ids)
+            if request.first_token_ns is None and (oldest_ns is None or request.arrival_ns < oldest_ns):
+                oldest_ns = request.arrival_ns
+        # Who belongs to which lane is a matter of the budget: that of the latest decision.
+        short, long = self._by_lane(prefilling, self.decision) if self.decision else ([], prefilling)
+        in_prefill_lane = self.in_flight.get(Lane.PREFILL)
+        return ControlSignal(
+            now_ns=now_ns,
+            decodes=BatchShape(num_decodes=num_decodes, num_decode_context=num_context, num_samples=num_decodes),
+            num_resume_tokens=sum(request.num_remaining_prefill_tokens for request in short),
+            num_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in long)
+            + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
+            prefill_start=long[0].num_computed_tokens if long else 0,
+            oldest_prefill_arrival_ns=oldest_ns,
+        )

@@ -1,0 +1,65 @@
+"""What batches tell about the device: how long they took, and whether the other lane was busy meanwhile."""
+
+from __future__ import annotations
+
+from agentserve.core.batch import Batch, BatchOutput, Lane
+from agentserve.core.controllers import BatchObservation
+from agentserve.core.costmodel import BatchShape
+from agentserve.core.request import WorkClass
+
+_BUSY, _IDLE = 0.9, 0.1
+"""Shares of a batch's time in which the other lane was busy that count as all of it and as none."""
+
+
+class LaneObserver:
+    """Keeps the recent past of both lanes."""
+
+    def __init__(self) -> None:
+        self._running_since: dict[Lane, int] = {}
+        self._past: dict[Lane, list[tuple[int, int]]] = {lane: [] for lane in Lane}
+        """Start and end of batches that may overlap one that is in flight in the other lane."""
+        self._previous_decode_ns = 0
+        self._previous_sampled: frozenset[str] = frozenset()
+
+    def started(self, batch: Batch, now_ns: int) -> None:
+        self._running_since[batch.lane] = now_ns
+
+    def finished(self, batch: Batch, output: BatchOutput) -> BatchObservation:
+        """Books the end of a batch."""
+        lane = batch.lane
+        del self._running_since[lane]
+        other = Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL
+        duration_ns = max(1, output.finished_ns - output.started_ns)
+        share = self._overlap_ns(other, output.started_ns, output.finished_ns) / duration_ns
+        # Nothing that the other lane starts from now on can overlap what ended before.
+        self._past[other].clear()
+        if other in self._running_since:
+            self._past[lane].append((output.started_ns, output.finished_ns))
+        else:
+            self._past[lane].clear()
+        gap_ns = self._gap_ns(batch, output) if lane is Lane.DECODE else None
+        return BatchObservation(
+            batch=batch,
+            shape=BatchShape.of(batch),
+            duration_ns=duration_ns,
+            finished_ns=output.finished_ns,
+            since_previous_decode_ns=gap_ns,
+            co_running=share >= _BUSY,
+            alone=share <= _IDLE,
+        )
+
+    def _overlap_ns(self, other: Lane, start_ns: int, end_ns: int) -> int:
+        spans = list(self._past[other])
+        if other in self._running_since:
+            spans.append((self._running_since[other], end_ns))
+        return sum(max(0, min(end, end_ns) - max(start, start_ns)) for start, end in spans)
+
+    def _gap_ns(self, batch: Batch, output: BatchOutput) -> int | None:
+        continued = any(
+            chunk.work_class is WorkClass.DECODE and chunk.request_id in self._previous_sampled
+            for chunk in batch.chunks
+        )
+        gap_ns = output.finished_ns - self._previous_decode_ns if continued else None
+        self._previous_decode_ns = output.finished_ns
+        self._previous_sampled = frozenset(chunk.request_id for chunk in batch.chunks if chunk.sample is not None)
+        return gap_ns

@@ -1,0 +1,321 @@
+"""Controllers by themselves: bounds, the direction of their reactions, and that they come to rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentserve.config import ControlConfig, EngineConfig
+from agentserve.core.batch import Batch, Lane, ScheduledChunk
+from agentserve.core.controllers import BatchObservation, Controller, ControlSignal, Decision
+from agentserve.core.controllers.correction import Corrections
+from agentserve.core.controllers.factory import build_controller, tpot_target_ns
+from agentserve.core.controllers.predictive import PredictiveController
+from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.request import WorkClass
+from agentserve.core.slots import PartitionKind, PartitionTable, build_partition_table
+from agentserve.errors import ConfigError
+from tests.core.builders import MS, config, cost_model
+
+TABLE = build_partition_table(8, 1, 1)
+TARGET_NS = 20 * MS
+
+
+def engine_config(controller: str, *, engine: dict[str, Any] | None = None, **control: Any) -> EngineConfig:
+    control = {"tpot_target_ns": TARGET_NS, **control}
+    return config(prefill_chunk=64, control=ControlConfig(controller=controller, **control), **(engine or {}))
+
+
+def make(controller: str, table: PartitionTable = TABLE, cost: CostModel | None = None, **control: Any) -> Controller:
+    return build_controller(engine_config(controller, **control), table, cost or cost_model())
+
+
+def signal(
+    now_ns: int = 0, *, decodes: int = 2, context: int = 100, resume: int = 0, prefill: int = 500
+) -> ControlSignal:
+    shape = BatchShape(num_decodes=decodes, num_decode_context=decodes * context, num_samples=decodes)
+    return ControlSignal(now_ns, shape, resume, prefill, 0, 0 if resume or prefill else None)
+
+
+def observation(
+    decision: Decision, gap_ns: int, *, shape: BatchShape | None = None, lane: Lane = Lane.DECODE
+) -> BatchObservation:
+    """A batch of the decode lane that took all of the gap, beside a busy prefill lane unless the lanes take turns."""
+    turns = decision.partition.kind is PartitionKind.WHOLE
+    chunk = ScheduledChunk("r", WorkClass.DECODE, 5, (1,), (0,), None)
+    batch = Batch(0, lane, decision.partition, not turns, (chunk,))
+    gap = gap_ns if lane is Lane.DECODE else None
+    return BatchObservation(batch, shape or signal().decodes, gap_ns, 0, gap, not turns, turns)
+
+
+# ---- static ----
+
+
+@pytest.mark.parametrize(
+    ("slots", "kind"),
+    [("auto", PartitionKind.SPLIT), ("stream", PartitionKind.STREAM), ("off", PartitionKind.WHOLE)],
+)
+def test_static_keeps_what_it_was_told(slots: str, kind: PartitionKind) -> None:
+    controller = make("static", slots=slots, decode_share=0.25)
+    first = controller.decide(signal())
+    controller.observe(observation(first, 900 * MS))
+    assert controller.decide(signal(10**9, decodes=7, resume=3)) == first
+    assert (first.partition.kind, first.resume_budget, first.prefill_chunk) == (kind, 8, 64)
+    assert kind is not PartitionKind.SPLIT or first.partition.decode_units == 2  # a quarter of 8
+
+
+# ---- reactive ----
+
+
+def react(gaps_ns: list[int], **control: Any) -> list[Decision]:
+    """Decisions of a reactive controller that sees one gap in each interval."""
+    controller = make("reactive", interval_ns=10 * MS, resume_budget_step=8, min_resume_budget=4, **control)
+    decisions = [controller.decide(signal(0))]
+    for index, gap_ns in enumerate(gaps_ns):
+        controller.observe(observation(decisions[-1], gap_ns))
+        decisions.append(controller.decide(signal((index + 1) * 10 * MS)))
+    return decisions
+
+
+def levels(decisions: list[Decision]) -> list[tuple[int, int]]:
+    return [(decision.partition.decode_units, decision.resume_budget) for decision in decisions]
+
+
+def test_reactive_tightens_above_the_band_and_relaxes_below_it() -> None:
+    # 25 > 1.0 * 20: one unit more and 8 tokens fewer, until both ends of their ranges are reached.
+    assert levels(react([25 * MS] * 4)) == [(4, 8), (5, 4), (6, 4), (7, 4), (7, 4)]
+    # 14 < 0.75 * 20 relaxes; 15 to 20 is the dead band.
+    assert levels(react([14 * MS] * 4)) == [(4, 8), (3, 16), (2, 24), (1, 32), (1, 40)]
+    assert levels(react([15 * MS, 20 * MS, 17 * MS])) == [(4, 8)] * 4
+
+
+def test_reactive_changes_once_in_an_interval_and_takes_the_mean_of_it() -> None:
+    controller = make("reactive", interval_ns=100 * MS)
+    first = controller.decide(signal(0))
+    for gap_ns in (50 * MS, 10 * MS, 10 * MS):  # mean 23.3 ms, above the target
+        controller.observe(observation(first, gap_ns))
+        assert controller.decide(signal(99 * MS)) == first
+    assert controller.decide(signal(100 * MS)).partition.decode_units == first.partition.decode_units + 1
+    # Nothing was measured since: nothing changes.
+    assert controller.decide(signal(500 * MS)).partition.decode_units == first.partition.decode_units + 1
+
+
+@given(st.lists(st.integers(1, 100 * MS), max_size=30))
+def test_reactive_stays_within_its_bounds(gaps_ns: list[int]) -> None:
+    for units, budget in levels(react(gaps_ns, max_resume_budget=40)):
+        assert 1 <= units <= 7
+        assert 4 <= budget <= 40
+
+
+@given(st.lists(st.integers(1, 60 * MS), max_size=20), st.integers(0, 40 * MS))
+def test_reactive_gives_decode_no_less_when_tokens_are_slower(gaps_ns: list[int], slower_ns: int) -> None:
+    fast, slow = levels(react(gaps_ns)), levels(react([gap + slower_ns for gap in gaps_ns]))
+    for (units, budget), (units_slow, budget_slow) in zip(fast, slow, strict=True):
+        assert units_slow >= units
+        assert budget_slow <= budget
+
+
+@given(st.integers(1, 100 * MS))
+def test_reactive_comes_to_rest_under_a_constant_signal(gap_ns: int) -> None:
+    decisions = levels(react([gap_ns] * 80))
+    assert decisions[-1] == decisions[-2]
+    units = [unit for unit, _ in decisions]
+    assert units in (sorted(units), sorted(units, reverse=True)), "it oscillates"
+
+
+def test_reactive_without_slots_moves_only_the_budget() -> None:
+    for slots, kind in (("stream", PartitionKind.STREAM), ("off", PartitionKind.WHOLE)):
+        decisions = react([25 * MS] * 3, slots=slots)
+        assert {decision.partition.kind for decision in decisions} == {kind}
+        assert [decision.resume_budget for decision in decisions] == [8, 4, 4, 4]
+
+
+# ---- predictive ----
+
+
+def predictive(**control: Any) -> PredictiveController:
+    controller = make("predictive", **control)
+    assert isinstance(controller, PredictiveController)
+    return controller
+
+
+def predicted(controller: PredictiveController, decision: Decision, at: ControlSignal) -> tuple[float, float]:
+    """Time per token and prefill rate that the controller expects of its own decision."""
+    (option,) = [option for option in controller.options(at) if option.decision == decision]
+    return option.tpot_ns, option.prefill_rate
+
+
+def test_predictive_takes_the_fastest_prefill_that_keeps_the_target() -> None:
+    controller = predictive()
+    at = signal()
+    tpot_ns, rate = predicted(controller, controller.decide(at), at)
+    assert tpot_ns <= TARGET_NS
+    for option in controller.options(at):
+        assert option.prefill_rate <= rate or option.tpot_ns > TARGET_NS
+
+
+def test_predictive_takes_turns_when_that_is_better_than_a_split() -> None:
+    # A batch with 16 prompt tokens takes 18 ms on the whole device; beside it decode and prefill would take 25 % longer.
+    assert predictive(tpot_target_ns=200 * MS).decide(signal()).partition.kind is PartitionKind.WHOLE
+    # With 12 ms a step there is no room for 16 tokens: only a partition keeps the target.
+    assert predictive(tpot_target_ns=12 * MS).decide(signal()).partition.kind is not PartitionKind.WHOLE
+
+
+def test_predictive_gives_everything_to_prefill_when_nobody_decodes() -> None:
+    decision = predictive().decide(signal(decodes=0))
+    assert decision.partition.kind is PartitionKind.WHOLE
+    assert decision.prefill_chunk == decision.resume_budget >= 16
+
+
+@pytest.mark.parametrize(
+    ("slots", "kinds"),
+    [("off", {PartitionKind.WHOLE}), ("stream", {PartitionKind.WHOLE, PartitionKind.STREAM})],
+)
+def test_predictive_uses_only_the_slots_that_are_allowed(slots: str, kinds: set[PartitionKind]) -> None:
+    options = predictive(slots=slots).options(signal())
+    assert {option.decision.partition.kind for option in options} == kinds
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 2000),
+    st.integers(0, 400),
+    st.integers(0, 4000),
+    st.integers(5, 400),
+    st.lists(st.floats(0.1, 10.0), max_size=10),
+)
+def test_predictive_stays_within_its_bounds(
+    decodes: int, context: int, resume: int, prefill: int, target_ms: int, ratios: list[float]
+) -> None:
+    controller = predictive(tpot_target_ns=target_ms * MS)
+    at = signal(decodes=decodes, context=context, resume=resume, prefill=prefill)
+    for ratio in [1.0, *ratios]:
+        decision = controller.decide(at)
+        assert decision.partition in TABLE.entries
+        assert 1 <= decision.prefill_chunk <= 2048
+        assert 1 <= decision.resume_budget <= 2048
+        controller.observe(observation(decision, round(ratio * 10 * MS), shape=at.decodes))
+
+
+@given(st.integers(5, 100), st.integers(0, 100), st.integers(1, 6))
+def test_predictive_with_a_looser_target_never_reads_prompts_slower(tight_ms: int, more_ms: int, decodes: int) -> None:
+    at = signal(decodes=decodes)
+    rates = []
+    for target_ms in (tight_ms, tight_ms + more_ms):
+        controller = predictive(tpot_target_ns=target_ms * MS)
+        rates.append(predicted(controller, controller.decide(at), at)[1])
+    assert rates[0] <= rates[1]
+
+
+@settings(deadline=None)  # hundreds of decisions each
+@given(st.integers(5, 60), st.floats(0.3, 3.0), st.integers(1, 6))
+def test_predictive_comes_to_rest_under_a_constant_signal(target_ms: int, ratio: float, decodes: int) -> None:
+    controller = predictive(tpot_target_ns=target_ms * MS)
+    at = signal(decodes=decodes)
+    cost = cost_model()
+    decisions = []
+    for _ in range(30):  # the stream runs alone for a while before the prompt comes
+        alone = Decision(TABLE.whole, 16, 16)
+        took_ns = round(ratio * cost.duration_ns(at.decodes, Lane.DECODE, TABLE.whole, False))
+        controller.observe(observation(alone, took_ns, shape=at.decodes))
+    for _ in range(600):
+        decision = controller.decide(at)
+        decisions.append(decision)
+        turns = decision.partition.kind is PartitionKind.WHOLE
+        shape = at.decodes.with_prefill(decision.prefill_chunk) if turns else at.decodes
+        took_ns = round(ratio * cost.duration_ns(shape, Lane.DECODE, decision.partition, not turns))
+        controller.observe(observation(decision, took_ns, shape=shape))
+        if not turns:
+            prefill = BatchShape().with_prefill(decision.prefill_chunk)
+            took_ns = round(ratio * cost.duration_ns(prefill, Lane.PREFILL, decision.partition, True))
+            controller.observe(observation(decision, took_ns, shape=prefill, lane=Lane.PREFILL))
+    # A machine that is slower by one factor in everything: once that is known, nothing gives a reason to change.
+    assert len(set(decisions[300:])) == 1
+
+
+def test_predictive_leaves_a_partition_that_turns_out_to_be_slow() -> None:
+    controller = predictive(tpot_target_ns=16 * MS)
+    at = signal()
+    first = controller.decide(at)
+    assert first.partition.kind is not PartitionKind.WHOLE
+    for _ in range(64):
+        decision = controller.decide(at)
+        turns = decision.partition.kind is PartitionKind.WHOLE
+        # Anything beside another lane takes four times as long as was predicted.
+        shape = at.decodes.with_prefill(decision.prefill_chunk) if turns else at.decodes
+        factor = 1 if turns else 4
+        took_ns = factor * cost_model().duration_ns(shape, Lane.DECODE, decision.partition, not turns)
+        controller.observe(observation(decision, took_ns, shape=shape))
+    assert controller.decide(at).partition.kind is PartitionKind.WHOLE
+
+
+def test_predictive_does_not_change_partition_for_a_small_gain() -> None:
+    """Along a load that grows slowly the partition changes a few times and never back and forth."""
+    controller = predictive()
+    chosen = [controller.decide(signal(decodes=2, context=context)).partition for context in range(1, 8000, 20)]
+    changes = [b for a, b in zip(chosen, chosen[1:], strict=False) if a != b]
+    assert len(changes) == len(set(changes))
+
+
+def test_a_target_for_the_first_token_trades_smoothness_only_as_far_as_needed() -> None:
+    at = signal(prefill=300)
+    smooth = predictive(tpot_target_ns=100 * MS, ttft_target_ns=400 * MS, slots="off")
+    fast = predictive(tpot_target_ns=100 * MS, ttft_target_ns=310 * MS, slots="off")
+    slow_tpot, slow_rate = predicted(smooth, smooth.decide(at), at)
+    fast_tpot, fast_rate = predicted(fast, fast.decide(at), at)
+    assert slow_rate >= 750 and fast_rate >= 967  # 300 tokens in 0.4 s and in 0.31 s
+    assert slow_tpot < fast_tpot <= 100 * MS
+
+
+# ---- corrections and construction ----
+
+
+def test_corrections_are_moving_averages_and_a_new_mode_takes_that_of_a_lone_lane() -> None:
+    corrections = Corrections()
+    split, stream, turns = ("decode", "split", False), ("decode", "stream", False), ("decode", "whole", True)
+    assert corrections.factor(split) == 1.0
+    corrections.observe(split, 2.0)
+    assert corrections.factor(split) == pytest.approx(1.15)  # 1 + 0.15 * (2 - 1)
+    assert corrections.factor(stream) == corrections.factor(turns) == 1.0
+    corrections.observe(turns, 1000.0)
+    assert corrections.factor(turns) == pytest.approx(1.45), "one interrupted batch must not count for everything"
+    assert corrections.factor(stream) == pytest.approx(1.45)
+    # What is not seen for long fades towards that.
+    assert corrections.factor(split) == pytest.approx(1.15 + 0.001 * (1.45 - 1.15))
+
+
+def test_the_default_target_is_twice_the_isolated_time_per_token() -> None:
+    # One decode: 8 MB of weights and 256 tokens of 1 kB at 1 GB/s are 8.256 ms.
+    values = engine_config("predictive", tpot_target_ns=None)
+    assert tpot_target_ns(values, TABLE, cost_model()) == pytest.approx(2 * 8.256 * MS, rel=1e-6)
+
+
+def test_a_controller_without_what_it_needs_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a profile"):
+        build_controller(engine_config("predictive"), TABLE, None)
+    with pytest.raises(ConfigError, match="needs a target"):
+        build_controller(engine_config("reactive", tpot_target_ns=None), TABLE, None)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"controller": "clever"},
+        {"slots": "green"},
+        {"tpot_target_ns": 0},
+        {"ttft_target_ns": -5},
+        {"decode_share": 1.0},
+        {"theta_low": 1.0},
+        {"theta_low": 0.0},
+        {"min_resume_budget": 600},
+        {"resume_budget_step": 0},
+        {"interval_ns": -1},
+        {"hysteresis": -0.1},
+    ],
+)
+def test_what_cannot_work_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ControlConfig(**values)
