@@ -62,6 +62,8 @@ class Engine:
 
     model_name: str
     model_config: ModelConfig
+    dtype: str
+    """Of weights and KV."""
     capabilities: Capabilities
     engine_config: EngineConfig
     client: EngineClient
@@ -108,6 +110,8 @@ class _Parts:
     model_config: ModelConfig
     text: _Text
     model_shape: ModelShape
+    dtype: str
+    """Of weights and KV, as torch names it."""
     profile: DeviceProfile | None
     """None: the device has to be measured."""
     notes: tuple[str, ...] = ()
@@ -157,6 +161,7 @@ def _assemble(
     return Engine(
         model_name=config.served_model_name or name,
         model_config=parts.model_config,
+        dtype=parts.dtype,
         capabilities=capabilities,
         engine_config=engine_config,
         client=client,
@@ -312,7 +317,8 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         clock=MonotonicClock(),
     )
     profile = load_profile(config.profile) if config.profile is not None else None
-    return _Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), profile)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return _Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
 
 
 # ---- simulated timing ----
@@ -322,7 +328,8 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
     if source.config is None:
         raise ConfigError(f"the shape of {source.name} is not known, so its timing cannot be simulated")
     profile = load_profile(config.profile or config.gpu)
-    shape = model_shape(source.config)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    shape = model_shape(source.config, 4 if dtype == "float32" else 2)
     pool_bytes = config.kv_cache_memory or int(profile.memory_bytes * _GPU_MEMORY_SHARE) - shape.weight_bytes
     if pool_bytes <= 0:
         raise ConfigError(
@@ -337,7 +344,7 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
         vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
     )
     note = f"timing of {profile.description} is {profile.provenance}"
-    return _Parts(executor, source.config, text, shape, profile, (note,))
+    return _Parts(executor, source.config, text, shape, dtype, profile, (note,))
 
 
 def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
@@ -404,10 +411,10 @@ def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measur
     except BaseException:
         parts.executor.close()
         raise
-    auto_dtype = "bfloat16" if capabilities.simulated else "float32"
-    dtype = auto_dtype if config.dtype == "auto" else config.dtype
     sheet = parts.profile or _cpu_sheet(capabilities)
-    return Measurable(parts.executor, limits, source.name, parts.model_shape, dtype, sheet, (*notes, *parts.notes))
+    return Measurable(
+        parts.executor, limits, source.name, parts.model_shape, parts.dtype, sheet, (*notes, *parts.notes)
+    )
 
 
 def _cpu_sheet(capabilities: Capabilities) -> DeviceProfile:

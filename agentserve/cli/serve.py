@@ -108,7 +108,7 @@ def _print_banner(engine: Engine, host: str, port: int) -> None:
     capabilities, config = engine.capabilities, engine.engine_config
     lines = [
         f"listening on http://{name}:{port}",
-        f"model      {engine.model_name}, window of {config.max_model_len} tokens",
+        f"model      {engine.model_name} in {engine.dtype}, window of {config.max_model_len} tokens",
         f"executor   {capabilities.name}: {capabilities.device}",
         f"KV cache   {config.num_blocks * config.block_size} tokens in blocks of {config.block_size}",
     ]

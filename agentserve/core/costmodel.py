@@ -233,8 +233,7 @@ class CostModel:
         num_tiles *= num_heads
         makespan = longest
         if num_tiles > units:
-            evenly = num_heads * keys + num_tiles * tile_keys
-            evenly = evenly / units + device.attention_tail * longest
+            evenly = (num_heads * keys + num_tiles * tile_keys) / units + device.attention_tail * longest
             makespan = max(longest, min(in_turn, -(-num_tiles // units) * longest, evenly))
         return max(rates.key * makespan, rates.kv_token * num_bytes_as_tokens)
 
@@ -245,7 +244,7 @@ class CostModel:
         what part of the keys of all sequences fits the cache.
         """
         reads = min(self._group, max(1.0, self._group * num_decodes / units + self.device.cache_misalignment))
-        lost = 1.0 - self._cached_tokens / shape.num_decode_context
+        lost = 1.0 - self._cached_tokens / max(1, shape.num_decode_context)
         return 1.0 + (reads - 1.0) * lost if lost > 0 else 1.0
 
 

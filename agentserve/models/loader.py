@@ -14,6 +14,7 @@ from agentserve.models.config import ModelConfig
 from agentserve.models.decoder import Decoder
 from agentserve.models.gguf_file import read_gguf_header
 from agentserve.models.interface import DecoderModel
+from agentserve.models.layers import cpu_computes_bfloat16
 from agentserve.models.llama import Llama
 from agentserve.models.qwen2 import Qwen2
 from agentserve.models.qwen3 import Qwen3
@@ -31,7 +32,7 @@ _REPORT_EVERY_S = 2.0
 def load_model(
     source: ModelSource,
     *,
-    dtype: str = "auto",
+    dtype: str = "float32",
     device: str = "cpu",
     load_format: str = "auto",
     seed: int = 0,
@@ -41,7 +42,8 @@ def load_model(
 
     Args:
         source: what `resolve_model` returned.
-        dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU and bfloat16 elsewhere.
+        dtype: `auto`, `float32`, `bfloat16` or `float16`; `auto` is float32 on a CPU that does not compute with
+            bfloat16, and bfloat16 elsewhere.
         device: as torch names it.
         load_format: `auto` reads the files, `dummy` makes random weights and needs no files.
         seed: of the random weights.
@@ -65,7 +67,8 @@ def load_model(
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype that an option means on a device. Raises ConfigError for an unknown name."""
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        slow = device.type == "cpu" and not cpu_computes_bfloat16()
+        return torch.float32 if slow else torch.bfloat16
     if name not in _DTYPES:
         raise ConfigError(f"unknown dtype {name!r}; known are auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
