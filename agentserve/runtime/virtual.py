@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 
+from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import VirtualClock
 from agentserve.core.engine import EngineCore, StepResult
 from agentserve.core.events import Command
@@ -22,6 +23,8 @@ class VirtualDriver:
     def __init__(self, core: EngineCore, executor: Executor, clock: VirtualClock | None = None) -> None:
         self.core = core
         self.clock = clock or VirtualClock()
+        self.last_completions: tuple[BatchOutput, ...] = ()
+        """What the last step was given: the batches that had finished by then."""
         self._executor = executor
         self._arrivals: list[tuple[int, int, Command]] = []
         self._sequence = itertools.count()
@@ -45,6 +48,7 @@ class VirtualDriver:
         now_ns = max(min(known), self.clock.now_ns())
         self.clock.advance_to(now_ns)
         completions = self._executor.poll(now_ns)
+        self.last_completions = tuple(completions)
         commands = []
         while self._arrivals and self._arrivals[0][0] <= now_ns:
             commands.append(heapq.heappop(self._arrivals)[2])

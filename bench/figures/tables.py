@@ -1,0 +1,35 @@
+"""Figures that are tables: Markdown, for documents and terminals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.figures.data import ABLATION_MEASURES, Figure
+from bench.figures.variants import VARIANTS
+
+TOLERANCE = 0.10
+"""The predictive controller may be worse than the best of the others by this fraction."""
+
+
+def controllers(figure: Figure) -> str:
+    """The table of `bench.figures.data.controllers`; a cell that breaks the rule is bold."""
+    rows = [f"{figure['conditions']}", ""]
+    heads = [f"{label}{'' if name.endswith('_per_s') else ', ms'}" for name, label in ABLATION_MEASURES]
+    rows.append("| workload | agents | " + " | ".join(heads) + " |")
+    rows.append("|---|---|" + "---|" * len(heads))
+    for panel in figure["panels"]:
+        cells = [_cell(panel[name]) for name, _ in ABLATION_MEASURES]
+        rows.append(f"| {panel['workload']} | {panel['num_agents']} | " + " | ".join(cells) + " |")
+    rows += [
+        "",
+        f"Each cell: predictive / best of the others (which one), difference; bold: worse by over {TOLERANCE:.0%}.",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value['predictive']:.1f} / {value['best']:.1f} ({VARIANTS[value['of']].label})"
+    difference = f"{-value['worse_by']:+.0%}"
+    return f"{text}, **{difference}**" if value["worse_by"] > TOLERANCE else f"{text}, {difference}"
