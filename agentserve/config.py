@@ -282,7 +282,7 @@ class ServeConfig:
         section="scheduler",
     )  # fmt: skip
     prefill_chunk: int = _option(
-        256, positive_int, "prompt tokens in one batch of the prefill lane (predictive: at most)", section="scheduler"
+        256, positive_int, "static, reactive: prompt tokens in one batch of the prefill lane", section="scheduler"
     )
     resume_budget: int = _option(
         64, positive_int, "resume-prefill tokens that may join one decode step (reactive: at first)",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from agentserve import __version__
-from agentserve.cli import replay, serve
+from agentserve.cli import profile, replay, serve
 from agentserve.errors import AgentServeError
 
 
@@ -38,5 +38,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(run=None)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
     serve.add_parser(verbs)
+    profile.add_parser(verbs)
     replay.add_parser(verbs)
     return parser

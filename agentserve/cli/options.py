@@ -1,11 +1,14 @@
-"""Command-line options, environment and file of `agentserve serve`, derived from the table in `agentserve.config`."""
+"""Command-line options, environment and file of `agentserve serve` and verbs that share some of its options.
+
+They are derived from the table in `agentserve.config`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from agentserve.config import Resolved, ServeConfig, boolean, env_name, resolve
 from agentserve.errors import ConfigError
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds every option of `ServeConfig`, grouped by section, and `--config`."""
+def add_options(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Adds the options of `ServeConfig`, grouped by section, and `--config`. `only`: their names, if not all."""
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument("--config", metavar="FILE", help="TOML file with one table a section")
     groups: dict[str, Any] = {}
     for option in dataclasses.fields(ServeConfig):
+        if only is not None and option.name not in only:
+            continue
         section = option.metadata["section"]
         group = groups.setdefault(section, parser.add_argument_group(section))
         flag = "--" + option.name.replace("_", "-")
@@ -41,7 +46,7 @@ def resolve_options(arguments: argparse.Namespace, env: Mapping[str, str]) -> Re
     """Merges command line, environment and file. Raises ConfigError that names the source of a wrong value."""
     cli: dict[str, str] = {}
     for option in dataclasses.fields(ServeConfig):
-        value = getattr(arguments, option.name)
+        value = getattr(arguments, option.name, None)
         if value is not None:
             cli[option.name] = ",".join(value) if isinstance(value, list) else value
     if arguments.model_argument is not None:

@@ -25,8 +25,8 @@ class DecoderLayer:
     mlp: SwiGLU
 
     def __call__(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        hidden = hidden + self.attention(self.input_norm(hidden), rotation, attention)
-        return hidden + self.mlp(self.post_attention_norm(hidden))
+        hidden = self.attention(self.input_norm(hidden), rotation, attention, hidden)
+        return self.mlp(self.post_attention_norm(hidden), hidden)
 
 
 class Decoder(ABC):

@@ -53,6 +53,18 @@ class Linear:
             return y
         return functional.linear(x, self._weight, self._bias)
 
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """`self(x) + other`; packed weights do it in one pass."""
+        return self._with("add", x, other) if self._packed else self(x).add_(other)
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """`self(x) * other`; packed weights do it in one pass."""
+        return self._with("mul", x, other) if self._packed else self(x).mul_(other)
+
+    def _with(self, operation: str, x: Tensor, other: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._weight, self._bias, operation)
+        return y
+
 
 class RMSNorm:
     """Scales each row to root mean square 1, then by `weight` (Zhang and Sennrich, 2019)."""
@@ -136,7 +148,8 @@ class SelfAttention:
         self._num_kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
 
-    def __call__(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation, attention: Attention, residual: Tensor) -> Tensor:
+        """Attention for the rows of `x` `[num_tokens, hidden_size]`, plus `residual`."""
         num_query_key = self._num_heads + self._num_kv_heads
         heads = self._qkv(x).view(x.shape[0], num_query_key + self._num_kv_heads, self._head_dim)
         query_key = heads[:, :num_query_key]
@@ -144,7 +157,7 @@ class SelfAttention:
             query_key = self._head_norm(query_key)
         query_key = rotate(query_key, rotation)
         query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
-        return self._output(attention.attend(self._layer, query, key, heads[:, num_query_key:]))
+        return self._output.plus(attention.attend(self._layer, query, key, heads[:, num_query_key:]), residual)
 
 
 class SwiGLU:
@@ -155,5 +168,6 @@ class SwiGLU:
         self._up = up
         self._down = down
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._down(functional.silu(self._gate(x)).mul_(self._up(x)))
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The MLP for the rows of `x` `[num_tokens, hidden_size]`, plus `residual`."""
+        return self._down.plus(self._up.times(x, functional.silu(self._gate(x))), residual)

@@ -20,9 +20,11 @@ from agentserve.core.controllers.correction import Corrections, Mode
 from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
-_CHUNKS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_NEAR_BEST = 0.9
+_CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+_NEAR_BEST = 0.97
 """A chunk of the prefill lane is the smallest one with this share of the best rate: its end is never far away."""
+_FARTHEST_END = 4
+"""Nor does it take longer than this multiple of the target: a lane that becomes busy must not wait longer for its slot."""
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
 prompts that grows without bound helps nobody's time per token in the end."""
@@ -190,10 +192,11 @@ class PredictiveController:
 
     def _lane_chunk(self, partition: SlotPartition, co_running: bool) -> int:
         """The smallest chunk that is nearly as good as any: a batch boundary is never far."""
-        limit = self._config.prefill_chunk
-        chunks = [c for c in self._chunks if c <= limit] or [min(limit, self._chunks[0])]
-        durations = [
-            self._cost.duration_ns(BatchShape().with_prefill(c), Lane.PREFILL, partition, co_running) for c in chunks
-        ]
-        best = max(c / d for c, d in zip(chunks, durations, strict=True))
-        return next(c for c, d in zip(chunks, durations, strict=True) if c / d >= _NEAR_BEST * best)
+        durations = {
+            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), Lane.PREFILL, partition, co_running)
+            for chunk in self._chunks
+        }
+        near = [chunk for chunk in self._chunks if durations[chunk] <= _FARTHEST_END * self._target_ns]
+        chunks = near or [self._chunks[0]]
+        best = max(chunk / durations[chunk] for chunk in chunks)
+        return next(chunk for chunk in chunks if chunk / durations[chunk] >= _NEAR_BEST * best)

@@ -48,9 +48,7 @@ class SimulatedExecutor:
             raise RuntimeError("the executor is closed")
         if batch.lane in self._in_flight:
             raise RuntimeError(f"the {batch.lane} lane is full")
-        duration_ns = self._cost_model.duration_ns(
-            BatchShape.of(batch), batch.lane, batch.partition, batch.co_running
-        )
+        duration_ns = self._cost_model.duration_ns(BatchShape.of(batch), batch.lane, batch.partition, batch.co_running)
         error = self._check_blocks(batch)
         samples = () if error else tuple(self._samples(batch))
         self._in_flight[batch.lane] = BatchOutput(

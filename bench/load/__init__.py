@@ -1,0 +1,1 @@
+"""The load driver: any OpenAI-compatible endpoint, the same work for each, every token's time."""

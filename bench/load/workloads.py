@@ -1,0 +1,105 @@
+"""Workloads as the command line names them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentserve.sim.programs import Workload, load_programs
+from agentserve.sim.recorded import recording_workload
+from agentserve.sim.workloads import WORKLOADS, make_workload
+from bench.load.endpoint import NamedWorkload
+from bench.load.errors import BenchError
+
+_DEFAULT_AGENTS = {"victim_attacker": 3}
+"""The victim and two clients that send long prompts."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSpec:
+    """What a workload is made with. None: what the workload has by itself."""
+
+    name: str
+    """One of `WORKLOADS`, or a file: programs as JSON lines, or a daemon's recording."""
+    agents: int | None = None
+    programs: int | None = None
+    scale: float | None = None
+    rate: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, defaults: WorkloadSpec | None = None) -> WorkloadSpec:
+        """`NAME` or `NAME:agents=4,programs=8,scale=0.3,rate=0.5`. Raises BenchError."""
+        name, _, options = text.partition(":")
+        defaults = defaults or cls(name)
+        values: dict[str, float | None] = {
+            "agents": defaults.agents,
+            "programs": defaults.programs,
+            "scale": defaults.scale,
+            "rate": defaults.rate,
+        }
+        for option in filter(None, options.split(",")):
+            key, _, value = option.partition("=")
+            if key not in values:
+                raise BenchError(f"{text}: there is no {key!r}; there are {', '.join(values)}")
+            try:
+                values[key] = int(value) if key in {"agents", "programs"} else float(value)
+            except ValueError:
+                raise BenchError(f"{text}: {key} must be a number, not {value!r}") from None
+        agents, programs = values["agents"], values["programs"]
+        return cls(
+            name,
+            None if agents is None else int(agents),
+            None if programs is None else int(programs),
+            values["scale"],
+            values["rate"],
+        )
+
+    def make(self, seed: int) -> NamedWorkload:
+        """Raises BenchError or WorkloadError for what cannot be made."""
+        if self.name not in WORKLOADS:
+            return self._from_file(seed)
+        agents = self.agents or _DEFAULT_AGENTS.get(self.name, 4)
+        workload = make_workload(
+            self.name,
+            num_agents=agents,
+            num_programs=self.programs,
+            scale=1.0 if self.scale is None else self.scale,
+            seed=seed,
+            rate=self.rate,
+        )
+        parts = [f"{agents} agents" if self.rate is None else f"{self.rate:g} programs/s"]
+        parts.append(f"{len(workload.programs)} programs")
+        if self.scale is not None:
+            parts.append(f"scale {self.scale:g}")
+        return NamedWorkload(f"{self.name} ({', '.join(parts)})", workload)
+
+    def _from_file(self, seed: int) -> NamedWorkload:
+        path = Path(self.name)
+        if not path.is_file():
+            raise BenchError(f"{self.name} is neither a file nor a workload; there are {', '.join(WORKLOADS)}")
+        if any(value is not None for value in (self.programs, self.scale, self.rate)):
+            raise BenchError(f"{self.name}: programs, scale and rate are for named workloads; a file says it all")
+        if _is_recording(path):
+            if self.agents is not None:
+                raise BenchError(f"{self.name}: a recording has arrival times; leave the number of agents out")
+            workload = recording_workload(path, seed=seed)
+            return NamedWorkload(f"{path.name} ({len(workload.programs)} programs)", workload)
+        programs = load_programs(path)
+        agents = self.agents
+        if agents is None and all(program.arrival_ms is None for program in programs):
+            agents = 1
+        workload = Workload(path.stem, programs, agents, seed, f"programs of {path.name}")
+        how = "open loop" if agents is None else f"{agents} agent{'s' * (agents != 1)}"
+        return NamedWorkload(f"{path.name} ({how}, {len(programs)} programs)", workload)
+
+
+def _is_recording(path: Path) -> bool:
+    """A file of programs has `turns` in its first line, a recording does not. Raises BenchError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            line = next((line for line in file if line.strip()), "{}")
+            value = json.loads(line)
+            return isinstance(value, dict) and "turns" not in value
+    except (OSError, ValueError) as error:
+        raise BenchError(f"cannot read {path}: {error}") from None
