@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ def test_predictive_takes_the_fastest_prefill_that_keeps_the_target() -> None:
 
 
 def test_predictive_takes_turns_when_that_is_better_than_a_split() -> None:
-    # A batch with 16 prompt tokens takes 18 ms on the whole device; beside it decode and prefill would take 25 % longer.
+    # A batch with 16 prompt tokens takes 18 ms on the whole device; two lanes would each take 25 % longer.
     assert predictive(tpot_target_ns=200 * MS).decide(signal()).partition.kind is PartitionKind.WHOLE
     # With 12 ms a step there is no room for 16 tokens: only a partition keeps the target.
     assert predictive(tpot_target_ns=12 * MS).decide(signal()).partition.kind is not PartitionKind.WHOLE
@@ -256,7 +257,7 @@ def test_predictive_does_not_change_partition_for_a_small_gain() -> None:
     """Along a load that grows slowly the partition changes a few times and never back and forth."""
     controller = predictive()
     chosen = [controller.decide(signal(decodes=2, context=context)).partition for context in range(1, 8000, 20)]
-    changes = [b for a, b in zip(chosen, chosen[1:], strict=False) if a != b]
+    changes = [b for a, b in itertools.pairwise(chosen) if a != b]
     assert len(changes) == len(set(changes))
 
 

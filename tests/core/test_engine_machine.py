@@ -15,7 +15,6 @@ from agentserve.core.events import Command, EndRequest, RequestFinished, TokenGe
 from agentserve.core.request import FinishReason
 from tests.core.builders import core, submit
 
-
 WAYS = [
     {"control": ControlConfig(controller=controller, slots=slots)} for controller in CONTROLLERS for slots in SLOTS
 ] + [{"scheduler": scheduler} for scheduler in SCHEDULERS if scheduler != "lanes"]

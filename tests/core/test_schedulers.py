@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_change_of_mind_is_an_event_and_only_then() -> None:
     driver.at(0, submit("a", 20, max_tokens=30))
     driver.at(50 * MS, submit("b", 100, max_tokens=2))
     decisions = [e.decision for r in driver.run() for e in r.events if isinstance(e, ControlDecided)]
-    assert decisions and all(a != b for a, b in zip(decisions, decisions[1:], strict=False))
+    assert decisions and all(a != b for a, b in itertools.pairwise(decisions))
 
 
 # ---- the order of prompts ----
@@ -150,7 +151,7 @@ def test_prefill_first_lets_streams_wait() -> None:
 
 def test_fcfs_takes_whole_prompts_in_order_of_arrival() -> None:
     batches = run_baseline("fcfs", budget=2048)
-    assert [contents(b) for b in batches if len(b.chunks) == 3][0] == [("a", 1), ("b", 40), ("c", 24)]
+    assert next(contents(b) for b in batches if len(b.chunks) == 3) == [("a", 1), ("b", 40), ("c", 24)]
 
 
 @pytest.mark.parametrize("scheduler", ["chunked", "prefill-first", "fcfs"])

@@ -1,4 +1,4 @@
-"""Writes the golden decision logs anew: `python -m tests.golden.regenerate`. Read the difference before you commit it."""
+"""Writes the golden decision logs anew: `python -m tests.golden.regenerate`. Read the difference before committing."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 153
 _NEAR_BEST = 0.97
 """A chunk of the prefill lane is the smallest one with this share of the best rate: its end is never far away."""
 _FARTHEST_END = 4
-"""Nor does it take longer than this multiple of the target: a lane that becomes busy must not wait longer for its slot."""
+"""Nor does it take longer than this multiple of the target: so long may a lane wait for its slot."""
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
 prompts that grows without bound helps nobody's time per token in the end."""

@@ -1,0 +1,149 @@
+"""The composition root: the only package that names a concrete executor.
+
+It turns a `ServeConfig` into a running engine. What needs torch is imported where it is used, so that the command line
+and simulated timing start without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agentserve.build.control import calibrated, control_config, device_sheet
+from agentserve.build.parts import Parts, build_parts, model_shape, window
+from agentserve.config import EngineConfig, ServeConfig
+from agentserve.core.costmodel import DeviceProfile, ModelShape
+from agentserve.core.executor import Capabilities, Executor
+from agentserve.models.config import ModelConfig
+from agentserve.runtime.calibration_grid import Limits
+from agentserve.runtime.client import EngineClient, EventBridge
+from agentserve.runtime.live import LiveDriver, MonotonicClock
+from agentserve.runtime.recording import Header, Recorder
+from agentserve.runtime.replay import build_core
+from agentserve.text.chat import ChatTemplate
+from agentserve.text.tokenizer import Tokenizer
+
+__all__ = ["Engine", "Measurable", "build_engine", "build_executor", "model_shape"]
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A ready engine and what the server says about it. Start the driver after binding the bridge."""
+
+    model_name: str
+    model_config: ModelConfig
+    dtype: str
+    """Of weights and KV."""
+    capabilities: Capabilities
+    engine_config: EngineConfig
+    client: EngineClient
+    driver: LiveDriver
+    bridge: EventBridge
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    notes: tuple[str, ...]
+    """What the user must know: why timing is simulated, which tokenizer stands in, and the like."""
+
+
+def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
+    """Loads the model and puts the engine together.
+
+    Args:
+        config: the resolved options.
+        report: called with a line for each step that takes a while.
+
+    Raises ConfigError or ModelError, each with one clear sentence.
+    """
+    name, parts, notes = build_parts(config, report)
+    try:
+        return _assemble(config, name, parts, notes, report)
+    except BaseException:
+        parts.executor.close()
+        raise
+
+
+def _assemble(
+    config: ServeConfig, name: str, parts: Parts, notes: tuple[str, ...], report: Callable[[str], None]
+) -> Engine:
+    capabilities = parts.executor.capabilities()
+    engine_config = EngineConfig(
+        num_blocks=capabilities.num_blocks,
+        block_size=capabilities.block_size,
+        max_model_len=window(config, parts.model_config, capabilities),
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        scheduler=config.scheduler,
+        prefill_order=config.prefill_order,
+        aging_tokens_per_s=config.aging_tokens_per_s,
+        prefill_chunk=config.prefill_chunk,
+        resume_budget=config.resume_budget,
+        enable_prefix_caching=config.prefix_caching,
+        control=control_config(config),
+    )
+    header = Header(
+        config=engine_config,
+        compute_units=capabilities.compute_units,
+        unit_granularity=capabilities.unit_granularity,
+        min_units=capabilities.min_units,
+        model=name,
+        executor=capabilities.name,
+        device=parts.profile,
+        model_shape=parts.model_shape,
+    )
+    header = calibrated(header, parts, report)
+    bridge = EventBridge()
+    driver = LiveDriver(
+        build_core(header),
+        parts.executor,
+        MonotonicClock(),
+        on_events=bridge.on_events,
+        on_failure=bridge.on_failure,
+        recorder=Recorder(Path(config.record), header) if config.record else None,
+    )
+    client = EngineClient(
+        driver, max_model_len=engine_config.max_model_len, max_queued_requests=config.max_num_queued_reqs
+    )
+    return Engine(
+        model_name=config.served_model_name or name,
+        model_config=parts.model_config,
+        dtype=parts.dtype,
+        capabilities=capabilities,
+        engine_config=engine_config,
+        client=client,
+        driver=driver,
+        bridge=bridge,
+        tokenizer=parts.text.tokenizer,
+        chat_template=parts.text.chat_template,
+        notes=(*notes, *parts.notes, *parts.text.notes),
+    )
+
+
+# ---- measuring instead of serving ----
+
+
+@dataclass(frozen=True, slots=True)
+class Measurable:
+    """An executor that nobody uses yet, to be closed by whoever asked for it, and what a calibration needs of it."""
+
+    executor: Executor
+    limits: Limits
+    model_name: str
+    model_shape: ModelShape
+    dtype: str
+    sheet: DeviceProfile
+    """Where the fit starts."""
+    notes: tuple[str, ...]
+
+
+def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measurable:
+    """Loads the model as `build_engine` does, and stops there. Raises what that raises."""
+    name, parts, notes = build_parts(config, report)
+    try:
+        capabilities = parts.executor.capabilities()
+        limits = Limits.of(capabilities, window(config, parts.model_config, capabilities), config.max_num_seqs)
+    except BaseException:
+        parts.executor.close()
+        raise
+    sheet = parts.profile or device_sheet(capabilities)
+    return Measurable(parts.executor, limits, name, parts.model_shape, parts.dtype, sheet, (*notes, *parts.notes))

@@ -1,0 +1,91 @@
+"""What the controller is told: its options, and what is measured of the device for it at start-up."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import psutil
+
+from agentserve.build.parts import Parts
+from agentserve.config import ControlConfig, ServeConfig
+from agentserve.core.controllers.factory import TARGET_FACTOR
+from agentserve.core.costmodel import DeviceProfile, ModelShape
+from agentserve.core.executor import Capabilities, Executor
+from agentserve.core.slots import build_partition_table
+from agentserve.errors import ConfigError
+from agentserve.profiles.sheets import cpu_sheet
+from agentserve.runtime.calibration import calibrate, measure_isolated_tpot_ns
+from agentserve.runtime.calibration_grid import Grid, Limits
+from agentserve.runtime.recording import Header
+
+logger = logging.getLogger(__name__)
+
+
+def calibrated(header: Header, parts: Parts, report: Callable[[str], None]) -> Header:
+    """The header with what its controller needs to know of the device: measured now where nobody said it."""
+    config, control = header.config, header.config.control
+    if config.scheduler != "lanes" or control.controller == "static":
+        return header
+    executor = parts.executor
+    limits = Limits.of(executor.capabilities(), config.max_model_len, config.max_num_seqs)
+    device = header.device
+    if device is None and control.controller == "predictive":
+        report("measuring the device for the predictive controller, a few seconds (--profile FILE does without)")
+        device = _measured(executor, limits, parts.model_shape)
+    if control.tpot_target_ns is None:
+        isolated_ns = measure_isolated_tpot_ns(executor, limits)
+        control = replace(control, tpot_target_ns=TARGET_FACTOR * isolated_ns)
+        report(
+            f"a stream alone has {isolated_ns / 1e6:.1f} ms between tokens; the target is {TARGET_FACTOR} times that "
+            "(--tpot-target-ms sets it)"
+        )
+    return replace(header, device=device, config=replace(config, control=control))
+
+
+def _measured(executor: Executor, limits: Limits, shape: ModelShape) -> DeviceProfile:
+    capabilities = executor.capabilities()
+    table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
+    sheet = device_sheet(capabilities)
+    fit = calibrate(
+        executor, Grid.quick(table, limits), sheet, shape, provenance="measured: quickly, when the daemon started"
+    )
+    logger.debug("the fit of the device's profile:\n%s", fit)
+    return fit.profile
+
+
+def control_config(config: ServeConfig) -> ControlConfig:
+    """Raises ConfigError for options of a controller beside a scheduler that has none."""
+    if config.scheduler != "lanes":
+        for name in ("controller", "slots", "tpot_target_ms", "ttft_target_ms"):
+            if getattr(config, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} needs --scheduler lanes: {config.scheduler} has no controller")
+    return ControlConfig(
+        controller=config.controller or "predictive",
+        slots=config.slots or "auto",
+        tpot_target_ns=_nanoseconds(config.tpot_target_ms),
+        ttft_target_ns=_nanoseconds(config.ttft_target_ms),
+        decode_share=config.decode_share,
+        theta_high=config.theta_high,
+        theta_low=config.theta_low,
+        interval_ns=round(config.control_interval_ms * 1e6),
+        min_resume_budget=config.min_resume_budget,
+        max_resume_budget=config.max_resume_budget,
+        resume_budget_step=config.resume_budget_step,
+        hysteresis=config.hysteresis,
+    )
+
+
+def _nanoseconds(milliseconds: float | None) -> int | None:
+    return None if milliseconds is None else max(1, round(milliseconds * 1e6))
+
+
+def device_sheet(capabilities: Capabilities) -> DeviceProfile:
+    return cpu_sheet(
+        capabilities.name,
+        capabilities.device,
+        compute_units=capabilities.compute_units,
+        memory_bytes=psutil.virtual_memory().total,
+    )

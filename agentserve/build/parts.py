@@ -1,0 +1,228 @@
+"""The parts of an engine that depend on the kind of executor: executor, text side, shape and profile."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import psutil
+
+from agentserve.config import ServeConfig
+from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
+from agentserve.core.executor import Capabilities, Executor
+from agentserve.errors import ConfigError, ModelError
+from agentserve.executors.simulated.executor import SimulatedExecutor
+from agentserve.models.config import ModelConfig
+from agentserve.models.registry import ModelSource, resolve_model
+from agentserve.profiles import load_profile
+from agentserve.runtime.live import MonotonicClock
+from agentserve.text.chat import ChatTemplate, load_chat_template
+from agentserve.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from agentserve.models.interface import DecoderModel
+
+logger = logging.getLogger(__name__)
+
+CPU_DEFAULT_MODEL = "smollm2-135m"
+SIMULATED_DEFAULT_MODEL = "qwen2.5-7b"
+_CPU_KV_SHARE, _CPU_KV_LIMIT = 0.25, 4 << 30
+_CPU_WEIGHT_SHARE = 0.5
+"""A model whose weights need more than this share of the free memory is not loaded on the CPU by `auto`."""
+_GPU_MEMORY_SHARE = 0.9
+_CPU_MAX_MODEL_LEN = 8192
+"""The default window on the CPU: longer prompts take minutes there. --max-model-len overrides it."""
+
+_SIMULATED_TEXT = (
+    " The scheduler reads the next prompt in small pieces while the other agents keep writing. Each piece ends at a "
+    "boundary, so no stream waits for long. What was read once stays in the cache and is found again in the next turn. "
+    "This sentence was made up by the simulated executor, which knows how long a step takes but not what to say."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """The text side of a model."""
+
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What depends on the kind of executor."""
+
+    executor: Executor
+    model_config: ModelConfig
+    text: TextSide
+    model_shape: ModelShape
+    dtype: str
+    """Of weights and KV, as torch names it."""
+    profile: DeviceProfile | None
+    """None: the device has to be measured."""
+    notes: tuple[str, ...] = ()
+
+
+def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str, Parts, tuple[str, ...]]:
+    """The model's name, its parts, and why they were chosen if the user did not ask for them.
+
+    Raises ConfigError or ModelError, each with one clear sentence.
+    """
+    source, kind, notes = _choose(config)
+    return source.name, (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report), notes
+
+
+# ---- which executor ----
+
+
+def _choose(config: ServeConfig) -> tuple[ModelSource, str, tuple[str, ...]]:
+    """The model, `cpu` or `simulated`, and why if the user did not ask for it."""
+    if config.executor == "cuda":
+        raise ConfigError("this version has no CUDA executor; use --executor cpu or simulated")
+    if config.executor == "simulated":
+        return resolve_model(config.model or SIMULATED_DEFAULT_MODEL), "simulated", ()
+    source = resolve_model(config.model or CPU_DEFAULT_MODEL)
+    obstacle = _cpu_obstacle(config, source)
+    if obstacle is None:
+        return source, "cpu", ()
+    if config.executor == "cpu":
+        raise ConfigError(f"cannot serve {source.name} on the CPU: {obstacle}")
+    if config.model is None:
+        source = resolve_model(SIMULATED_DEFAULT_MODEL)
+        obstacle += f"; no model was named, so {source.name} is simulated"
+    if source.config is None:
+        raise ConfigError(f"cannot serve {source.name} on the CPU: {obstacle}")
+    return source, "simulated", (f"timing is simulated because {obstacle}",)
+
+
+def _cpu_obstacle(config: ServeConfig, source: ModelSource) -> str | None:
+    """Why the CPU cannot really serve this model, or None if it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed (pip install 'agentserve[cpu]')"
+    if config.load_format != "dummy" and source.path is None:
+        return f"there is no GPU that this version can use and no weights of {source.name} were found on this machine"
+    if source.config is None:
+        return None  # the loader says what is wrong with the files
+    weight_bytes = source.config.num_parameters * 4
+    free_bytes = psutil.virtual_memory().available
+    if config.executor == "auto" and weight_bytes > free_bytes * _CPU_WEIGHT_SHARE:
+        return (
+            f"{source.name} needs {weight_bytes / 2**30:.1f} GiB for float32 weights and only "
+            f"{free_bytes / 2**30:.1f} GiB of memory are free"
+        )
+    return None
+
+
+def window(config: ServeConfig, model_config: ModelConfig, capabilities: Capabilities) -> int:
+    """The run-time context window: what was asked for, or what model, device and cache allow."""
+    trained = model_config.max_position_embeddings
+    if config.max_model_len is not None:
+        if config.max_model_len > trained:
+            raise ConfigError(f"--max-model-len {config.max_model_len} exceeds the {trained} tokens of the model")
+        return config.max_model_len
+    limit = trained if capabilities.simulated else min(trained, _CPU_MAX_MODEL_LEN)
+    return min(limit, capabilities.num_blocks * capabilities.block_size)
+
+
+def _num_blocks(pool_bytes: int, block_bytes: int) -> int:
+    if pool_bytes < block_bytes:
+        raise ConfigError(
+            f"the KV cache needs at least {block_bytes} bytes for one block, but --kv-cache-memory is {pool_bytes}"
+        )
+    return pool_bytes // block_bytes
+
+
+# ---- the CPU ----
+
+
+def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> Parts:
+    from agentserve.executors.pytorch.devices.cpu import CpuDevice
+    from agentserve.executors.pytorch.executor import TorchExecutor, kv_bytes_per_block
+    from agentserve.models.loader import load_model
+
+    model: DecoderModel = load_model(
+        source, dtype=config.dtype, load_format=config.load_format, seed=config.seed, report=report
+    )
+    text = _text_side(source, report)
+    block_bytes = kv_bytes_per_block(model.config, model.dtype, config.block_size)
+    pool_bytes = config.kv_cache_memory
+    if pool_bytes is None:
+        pool_bytes = min(_CPU_KV_LIMIT, int(psutil.virtual_memory().available * _CPU_KV_SHARE))
+    executor = TorchExecutor(
+        model,
+        CpuDevice(),
+        num_blocks=_num_blocks(pool_bytes, block_bytes),
+        block_size=config.block_size,
+        max_num_seqs=config.max_num_seqs,
+        clock=MonotonicClock(),
+    )
+    profile = load_profile(config.profile) if config.profile is not None else None
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
+
+
+# ---- simulated timing ----
+
+
+def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> Parts:
+    if source.config is None:
+        raise ConfigError(f"the shape of {source.name} is not known, so its timing cannot be simulated")
+    profile = load_profile(config.profile or config.gpu)
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    shape = model_shape(source.config, 4 if dtype == "float32" else 2)
+    pool_bytes = config.kv_cache_memory or int(profile.memory_bytes * _GPU_MEMORY_SHARE) - shape.weight_bytes
+    if pool_bytes <= 0:
+        raise ConfigError(
+            f"{source.name} ({shape.weight_bytes / 2**30:.1f} GiB of weights) does not fit a {profile.description} "
+            f"with {profile.memory_bytes / 2**30:.0f} GiB"
+        )
+    text = _text_side(source, report)
+    executor = SimulatedExecutor(
+        CostModel(profile, shape),
+        num_blocks=_num_blocks(pool_bytes, shape.kv_bytes_per_token * config.block_size),
+        block_size=config.block_size,
+        vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
+    )
+    note = f"timing of {profile.description} is {profile.provenance}"
+    return Parts(executor, source.config, text, shape, dtype, profile, (note,))
+
+
+def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
+    """What the cost model needs of a model whose weights and KV have `element_size` bytes an element."""
+    head = config.vocab_size * config.hidden_size
+    embeddings = head * (1 if config.tie_word_embeddings else 2)
+    return ModelShape(
+        num_linear_parameters=config.num_parameters - embeddings,
+        num_head_parameters=head,
+        # The embedding table is looked up, not read, unless it is the head as well.
+        weight_bytes=(config.num_parameters - embeddings + head) * element_size,
+        kv_bytes_per_token=config.kv_bytes_per_token(element_size),
+        # Query times key and weight times value: two multiply-adds of head_dim each.
+        attention_flops_per_pair=4 * config.num_layers * config.num_heads * config.head_dim,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+    )
+
+
+def _text_side(source: ModelSource, report: Callable[[str], None]) -> TextSide:
+    """Tokenizer and template of the model; for one without files a stand-in, and a note that says so."""
+    if source.path is not None:
+        report(f"loading the tokenizer of {source.name}")
+        tokenizer = load_tokenizer(source)
+        return TextSide(tokenizer, load_chat_template(source, tokenizer))
+    try:
+        stand_in = resolve_model(CPU_DEFAULT_MODEL)
+        if stand_in.path is not None:
+            tokenizer = load_tokenizer(stand_in)
+            note = f"there is no tokenizer of {source.name} here: that of {stand_in.name} stands in"
+            return TextSide(tokenizer, load_chat_template(stand_in, tokenizer), (note,))
+    except ModelError as error:
+        logger.warning("the tokenizer of %s cannot be used: %s", CPU_DEFAULT_MODEL, error)
+    byte_tokenizer = ByteTokenizer()
+    note = f"there is no tokenizer of {source.name} here: each byte counts as a token"
+    return TextSide(byte_tokenizer, load_chat_template(None, byte_tokenizer), (note,))
