@@ -6,19 +6,17 @@ import argparse
 import asyncio
 import dataclasses
 import json
-import os
-import platform
 import re
 import subprocess
 import sys
 import urllib.request
 from pathlib import Path
 
-import psutil
 from openai import AsyncOpenAI
 from rich.console import Console
 
 from agentserve import __version__
+from agentserve.cli.machine import commit, describe_machine
 from bench.demo.agents import TASKS, Agent, TurnResult
 from bench.demo.report import plot_timeline, plot_turns, print_table, summary
 from bench.demo.tools import Tools
@@ -106,33 +104,12 @@ def write_report(base_url: str, results: list[TurnResult], out: Path, console: C
     conditions = {
         "command": "scripts/demo " + " ".join(sys.argv[1:]),
         "commit": commit(),
-        "machine": machine(),
+        "machine": describe_machine(),
         **health,
     }
     record = {"conditions": conditions, "turns": [dataclasses.asdict(result) for result in results]}
     (out / "results.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     console.print(f"Written to {out}: timeline.png, turns.png, results.json, daemon.log", highlight=False)
-
-
-def commit() -> str:
-    """The checkout's commit, with a plus sign if something has been changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # not a checkout, or no git
-
-
-def machine() -> str:
-    """The processor in words, its cores and the memory."""
-    memory_gib = psutil.virtual_memory().total / 2**30
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"
 
 
 def print_how_to_talk(base_url: str, pid: int, console: Console) -> None:

@@ -15,7 +15,6 @@ from bench.figures.runs import Source
 from bench.figures.shares import load_samples, measure_samples, measured_curves, save_samples, simulated_curves
 from bench.figures.simulated import Device, simulated_runs
 from bench.figures.variants import ABLATION_AGENTS
-from bench.load.results import commit, machine
 
 FIGURES = ("fig2", "fig3", "fig5", "fig6", "fig7", "controllers")
 RUNS_NAME = "runs"
@@ -80,7 +79,7 @@ async def _measure(arguments: argparse.Namespace, wanted: Sequence[str]) -> None
     if "fig3" in wanted:
         # Before any daemon is started: nothing else may run meanwhile.
         conditions, samples = measure_samples(options, print)
-        save_samples(f"{conditions}; {machine()}, commit {commit()}", samples, out)
+        save_samples(f"{conditions}; {describe_machine()}, commit {commit()}", samples, out)
     await measure(
         figures=wanted,
         agents=arguments.agents,

@@ -8,7 +8,6 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -16,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from agentserve import __version__
+from agentserve.cli.machine import commit, describe_machine
 from agentserve.errors import WorkloadError
 from agentserve.sim.metrics import Slo, Summary, TurnRecord, summarize
 from bench.load.errors import BenchError
@@ -198,8 +196,8 @@ def conditions() -> dict[str, Any]:
     arguments = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "command": "bench/run.py " + shlex.join(arguments),
-        "commit": commit(),
-        "machine": machine(),
+        "commit": commit() or "unknown",
+        "machine": describe_machine(),
         "num_cores": os.cpu_count(),
         "matrix_extensions": matrix_extensions(),
         "system": platform.platform(),
@@ -207,18 +205,6 @@ def conditions() -> dict[str, Any]:
         "agentserve": __version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def commit() -> str:
-    """The checkout's commit, with a plus sign if something has been changed since."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"  # not a checkout, or no git
 
 
 def matrix_extensions() -> list[str]:
@@ -231,10 +217,3 @@ def matrix_extensions() -> list[str]:
 def _cpuinfo() -> str:
     path = Path("/proc/cpuinfo")
     return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def machine() -> str:
-    """The processor in words, its cores and the memory."""
-    memory_gib = psutil.virtual_memory().total / 2**30
-    name = re.search(r"model name\s*: (.*)", _cpuinfo())
-    return f"{name[1] if name else platform.processor()}, {os.cpu_count()} cores, {memory_gib:.0f} GiB"

@@ -21,7 +21,7 @@ class Corrections:
     """Moving averages of measured / predicted, one for each mode.
 
     A mode that was never seen takes the mean of those in which a lane had the device to itself: a machine that is
-    slower today is so in every mode. What two lanes do to each other in one kind of partition says nothing about another.
+    slower today is so in every mode. What two lanes do to each other is known by kind of partition.
     """
 
     def __init__(self) -> None:
