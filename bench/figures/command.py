@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from agentserve.cli.machine import commit, describe_machine
 from bench.figures import data, tables
 from bench.figures.live import live_runs, measure
 from bench.figures.runs import Source
