@@ -46,7 +46,7 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["--kv-cache-memory", "lots"], "--kv-cache-memory: must be a size"),
         (["--host", "0.0.0.0", "--executor", "simulated"], "can be reached from other machines"),
         (["--executor", "cuda"], "no CUDA executor"),
-        (["--executor", "simulated", "--gpu", "rtx-9999"], "no profile of a GPU named 'rtx-9999'"),
+        (["--executor", "simulated", "--gpu", "rtx-9999"], "no profile of a device named 'rtx-9999'"),
         (["--executor", "simulated", "--gpu", "rtx-a5000", "--model", "qwen3-32b"], "does not fit"),
         (["--executor", "simulated", "--model", "qwen2.5-7b", "-c", "999999"], "exceeds the 32768 tokens"),
         (["--executor", "simulated", "--kv-cache-memory", "64MiB", "-c", "8192"], "fewer than the window"),
