@@ -29,6 +29,7 @@ def _line(event: EngineEvent) -> str:
             line = f"batch {batch.batch_id} {batch.lane} {batch.partition.label} [{chunks}]{ended}"
         case ControlDecided(_, decision):
             line = f"control {decision.partition.label} resume={decision.resume_budget} chunk={decision.prefill_chunk}"
+            line += " shared" if decision.shares_budget else ""
         case RequestAdmitted(request_id, _, total, cached):
             line = f"admit {request_id} cached={cached}/{total}"
         case PrefillProgress(request_id, _, computed, total):

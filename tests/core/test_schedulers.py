@@ -10,10 +10,13 @@ import pytest
 
 from agentserve.config import ControlConfig
 from agentserve.core.batch import Batch, Lane
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.engine import EngineCore
 from agentserve.core.events import ControlDecided, TokenGenerated
 from agentserve.core.request import WorkClass
-from agentserve.core.slots import PartitionKind
-from tests.core.builders import MS, finished, submit, virtual
+from agentserve.core.slots import PartitionKind, build_partition_table
+from agentserve.runtime.virtual import VirtualDriver
+from tests.core.builders import MS, config, finished, simulated, submit, virtual
 
 TURNS = {"control": ControlConfig(controller="static", slots="off")}
 STREAM = {"control": ControlConfig(controller="static", slots="stream")}
@@ -163,3 +166,37 @@ def test_baselines_survive_a_shortage_of_memory(scheduler: str) -> None:
     ends = finished(results)
     assert {end.stats.num_output_tokens for end in ends.values()} == {20}
     assert sum(end.stats.num_preemptions for end in ends.values()) > 0, "there was no shortage"
+
+
+def test_spare_budget_goes_to_prompts_that_wait_for_the_prefill_lane() -> None:
+    class Sharing:
+        """A split whose decode lane takes 8 tokens of whatever waits."""
+
+        def __init__(self, shares: bool) -> None:
+            table = build_partition_table(8, 1, 1)
+            self.decision = Decision(table.split_nearest(0.5), 8, 16, shares_budget=shares)
+
+        def observe(self, observation: BatchObservation) -> None:
+            """Nothing to learn."""
+
+        def decide(self, signal: ControlSignal) -> Decision:
+            return self.decision
+
+    lanes_of: dict[bool, set[Lane]] = {}
+    for shares in (False, True):
+        engine = EngineCore(config(num_blocks=200), build_partition_table(8, 1, 1), Sharing(shares))
+        driver = VirtualDriver(engine, simulated(200, 4))
+        driver.at(0, submit("stream", 8, max_tokens=60))
+        driver.at(50 * MS, submit("first", 60, max_tokens=1))
+        driver.at(50 * MS, submit("second", 60, max_tokens=1))
+        batches = batches_of(driver.run())
+        lanes_of[shares] = {batch.lane for batch in batches for c in batch.chunks if c.request_id == "second"}
+        first = {batch.lane for batch in batches for c in batch.chunks if c.request_id == "first"}
+        assert first == {Lane.PREFILL}
+        beside = [
+            sum(c.num_tokens for c in b.chunks if c.work_class is not WorkClass.DECODE)
+            for b in batches
+            if b.lane is Lane.DECODE
+        ]
+        assert max(beside) <= 8
+    assert lanes_of == {False: {Lane.PREFILL}, True: {Lane.PREFILL, Lane.DECODE}}

@@ -21,6 +21,8 @@ class ControlSignal:
     """Prompt tokens left of admitted requests whose prefill is a short resume: work for the decode lane."""
     num_prefill_tokens: int
     """Prompt tokens left of all other admitted requests: work for the prefill lane."""
+    num_waiting_prefill_tokens: int
+    """Those of them that the prefill lane does not come to before it is done with another prompt."""
     prefill_start: int
     """Tokens already computed of the prompt that is next in the prefill lane (0 without one)."""
     oldest_prefill_arrival_ns: int | None
@@ -58,6 +60,8 @@ class Decision:
     """Resume-prefill tokens in one batch of the decode lane."""
     prefill_chunk: int
     """Prompt tokens in one batch of the prefill lane."""
+    shares_budget: bool = False
+    """Whether prompts that wait for the prefill lane may use what the resumes leave of the budget."""
 
 
 class Controller(Protocol):

@@ -66,7 +66,7 @@ class PredictiveController:
         self._lane_chunks = {p: self._lane_chunk(p, p.kind is not PartitionKind.WHOLE) for p in self._shared}
         self._lone_chunk = self._lane_chunk(table.whole, co_running=False)
         self._plan: Option | None = None
-        self._planned_for: tuple[int, bool, bool, int] | None = None
+        self._planned_for: tuple[int, bool, bool, bool, int] | None = None
         self._age = 0
 
     def observe(self, observation: BatchObservation) -> None:
@@ -91,6 +91,7 @@ class PredictiveController:
             signal.decodes.num_decodes,
             signal.num_resume_tokens > 0,
             signal.num_prefill_tokens > 0,
+            signal.num_waiting_prefill_tokens > 0,
             signal.decodes.num_decode_context // (_CONTEXT_STEP * signal.decodes.num_decodes),
         )
         self._age += 1
@@ -146,11 +147,13 @@ class PredictiveController:
         prefill = BatchShape().with_prefill(chunk, signal.prefill_start)
         rate = chunk * 1e9 / self._predict(prefill, Lane.PREFILL, partition, True)
         budget, tpot_ns = self._resume_budget(signal, partition)
-        if signal.num_resume_tokens > 0:
-            rate += min(budget, signal.num_resume_tokens) * 1e9 / tpot_ns
+        shares = tpot_ns <= self._target_ns
+        riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
+        if riding > 0:
+            rate += min(budget, riding) * 1e9 / tpot_ns
         else:
             tpot_ns = self._predict(signal.decodes, Lane.DECODE, partition, True) + self._corrections.gap_ns
-        return Option(Decision(partition, budget, chunk), tpot_ns, rate)
+        return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
 
     def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:
         """The most resume tokens in a decode batch that keep the target, at least the configured minimum."""

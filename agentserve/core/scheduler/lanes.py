@@ -53,10 +53,14 @@ class LaneScheduler(Scheduler):
             else:
                 # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
                 budget = decision.resume_budget if decodes else max(decision.resume_budget, decision.prefill_chunk)
-                prompts = self._prompts(short, self._room(budget, decodes))
+                # The first of the long ones is for the prefill lane, if that is idle.
+                waiting = long if Lane.PREFILL in self.in_flight else long[1:]
+                guests = waiting if decision.shares_budget and decodes else []
+                prompts = self._prompts([*short, *guests], self._room(budget, decodes))
             chunks[Lane.DECODE] = decodes + prompts
         decode_lane_busy = Lane.DECODE in self.in_flight or bool(chunks.get(Lane.DECODE))
         if Lane.PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
+            long = [request for request in long if not request.in_flight]
             chunks[Lane.PREFILL] = self._prompts(long, self._room(decision.prefill_chunk, []))
         return chunks
 
@@ -89,12 +93,14 @@ class LaneScheduler(Scheduler):
         # Who belongs to which lane is a matter of the budget: that of the latest decision.
         short, long = self._by_lane(prefilling, self.decision) if self.decision else ([], prefilling)
         in_prefill_lane = self.in_flight.get(Lane.PREFILL)
+        waiting = long if in_prefill_lane else long[1:]
         return ControlSignal(
             now_ns=now_ns,
             decodes=BatchShape(num_decodes=num_decodes, num_decode_context=num_context, num_samples=num_decodes),
             num_resume_tokens=sum(request.num_remaining_prefill_tokens for request in short),
             num_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in long)
             + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
+            num_waiting_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in waiting),
             prefill_start=long[0].num_computed_tokens if long else 0,
             oldest_prefill_arrival_ns=oldest_ns,
         )
