@@ -26,14 +26,17 @@ class Corrections:
 
     def __init__(self) -> None:
         self._factors: dict[Mode, float] = {}
+        self._deviations: dict[Mode, float] = {}
         self._alone = 1.0
         self.gap_ns = 0.0
         """Mean time between the end of a decode batch and the start of the next one: part of the time per token."""
 
     def observe(self, mode: Mode, ratio: float) -> None:
         """Takes a measurement; `ratio` is measured / predicted."""
-        known = self.factor(mode)
-        self._factors[mode] = known + _WEIGHT * (min(max(ratio, _LEAST), _MOST) - known)
+        known, ratio = self.factor(mode), min(max(ratio, _LEAST), _MOST)
+        deviation = self._deviations.get(mode, 0.0)
+        self._deviations[mode] = deviation + _WEIGHT * (abs(ratio - known) - deviation)
+        self._factors[mode] = known + _WEIGHT * (ratio - known)
         if mode[1] == _WHOLE:
             alone = [factor for (_, kind, _), factor in self._factors.items() if kind == _WHOLE]
             self._alone = sum(alone) / len(alone)
@@ -48,3 +51,10 @@ class Corrections:
     def factor(self, mode: Mode) -> float:
         """What a prediction for this mode is multiplied with."""
         return self._factors.get(mode, self._alone)
+
+    def high_factor(self, mode: Mode) -> float:
+        """The same for a batch that is slower than most: a target is kept only if these keep it, too.
+
+        Mean and mean absolute deviation, as in the retransmission timer of TCP (Jacobson, 1988).
+        """
+        return self.factor(mode) + self._deviations.get(mode, 0.0)

@@ -21,10 +21,11 @@ from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_NEAR_BEST = 0.97
-"""A chunk of the prefill lane is the smallest one with this share of the best rate: its end is never far away."""
-_FARTHEST_END = 4
-"""Nor does it take longer than this multiple of the target: so long may a lane wait for its slot."""
+_NEAR_END = 2
+"""A chunk of the prefill lane that takes no longer than this multiple of the target is never too long: so near may the
+next batch boundary be."""
+_FAR_END, _MUCH_BETTER = 4, 1.1
+"""Up to this multiple if that promises so much more: a device that is fast only with long chunks gets them."""
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
 prompts that grows without bound helps nobody's time per token in the end."""
@@ -139,7 +140,7 @@ class PredictiveController:
     def _turns(self, signal: ControlSignal, chunk: int) -> Option:
         pending = signal.num_prefill_tokens + signal.num_resume_tokens
         shape = signal.decodes.with_prefill(chunk, signal.prefill_start)
-        tpot_ns = self._predict(shape, Lane.DECODE, self._table.whole, False) + self._corrections.gap_ns
+        tpot_ns = self._predict_tpot(shape, self._table.whole, False)
         return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, min(chunk, max(pending, 1)) * 1e9 / tpot_ns)
 
     def _side_by_side(self, signal: ControlSignal, partition: SlotPartition) -> Option:
@@ -152,7 +153,7 @@ class PredictiveController:
         if riding > 0:
             rate += min(budget, riding) * 1e9 / tpot_ns
         else:
-            tpot_ns = self._predict(signal.decodes, Lane.DECODE, partition, True) + self._corrections.gap_ns
+            tpot_ns = self._predict_tpot(signal.decodes, partition, True)
         return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
 
     def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:
@@ -163,7 +164,7 @@ class PredictiveController:
             if not control.min_resume_budget <= budget <= control.max_resume_budget:
                 continue
             shape = signal.decodes.with_prefill(budget)
-            tpot_ns = self._predict(shape, Lane.DECODE, partition, True) + self._corrections.gap_ns
+            tpot_ns = self._predict_tpot(shape, partition, True)
             if found is not None and tpot_ns > self._target_ns:
                 break
             found = (budget, tpot_ns)
@@ -175,6 +176,12 @@ class PredictiveController:
     def _predict(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> float:
         predicted_ns = self._cost.duration_ns(shape, lane, partition, co_running)
         return predicted_ns * self._corrections.factor(self._mode(lane, partition, shape))
+
+    def _predict_tpot(self, shape: BatchShape, partition: SlotPartition, co_running: bool) -> float:
+        """Time between two tokens with batches of this shape, as most of them will keep it."""
+        predicted_ns = self._cost.duration_ns(shape, Lane.DECODE, partition, co_running)
+        mode = self._mode(Lane.DECODE, partition, shape)
+        return predicted_ns * self._corrections.high_factor(mode) + self._corrections.gap_ns
 
     @staticmethod
     def _mode(lane: Lane, partition: SlotPartition, shape: BatchShape) -> Mode:
@@ -194,12 +201,15 @@ class PredictiveController:
         return pending * 1e9 / max(left_ns, self._target_ns)
 
     def _lane_chunk(self, partition: SlotPartition, co_running: bool) -> int:
-        """The smallest chunk that is nearly as good as any: a batch boundary is never far."""
+        """The longest chunk whose end is near: longer ones are no slower per token, and need fewer batches."""
         durations = {
             chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), Lane.PREFILL, partition, co_running)
             for chunk in self._chunks
         }
-        near = [chunk for chunk in self._chunks if durations[chunk] <= _FARTHEST_END * self._target_ns]
-        chunks = near or [self._chunks[0]]
-        best = max(chunk / durations[chunk] for chunk in chunks)
-        return next(chunk for chunk in chunks if chunk / durations[chunk] >= _NEAR_BEST * best)
+
+        def longest(limit: int) -> int:
+            within = [chunk for chunk in self._chunks if durations[chunk] <= limit * self._target_ns]
+            return max(within, default=self._chunks[0])
+
+        near, far = longest(_NEAR_END), longest(_FAR_END)
+        return far if far / durations[far] > _MUCH_BETTER * near / durations[near] else near
