@@ -223,7 +223,7 @@ async def test_our_daemon_says_all_that_is_asked() -> None:
         result = await endpoint.run(NamedWorkload("test", Workload("test", programs, 2, seed=1)))
     assert result.server.model == "m" and result.server.version != "unknown"
     # Client and server share a process here, so the client may well lack processor time.
-    assert [doubt for doubt in result.doubts if not doubt.startswith("the client itself")] == []
+    assert [d for d in result.doubts if not d.startswith("the client itself") and "came together" not in d] == []
     assert result.work_classes == {"cold_prefill": 3, "resume_prefill": 3}
     assert [len(r.token_ns) for r in result.records] == [r.num_output_tokens for r in result.records]
     for r in result.records:
