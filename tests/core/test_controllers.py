@@ -38,7 +38,7 @@ def signal(
     now_ns: int = 0, *, decodes: int = 2, context: int = 100, resume: int = 0, prefill: int = 500, waiting: int = 0
 ) -> ControlSignal:
     shape = BatchShape(num_decodes=decodes, num_decode_context=decodes * context, num_samples=decodes)
-    return ControlSignal(now_ns, shape, resume, prefill, waiting, 0, 0 if resume or prefill else None)
+    return ControlSignal(now_ns, shape, resume, prefill, waiting, 0, 0, 0 if resume or prefill else None)
 
 
 def observation(

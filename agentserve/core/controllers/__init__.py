@@ -25,6 +25,8 @@ class ControlSignal:
     """Those of them that the prefill lane does not come to before it is done with another prompt."""
     prefill_start: int
     """Tokens already computed of the prompt that is next in the prefill lane (0 without one)."""
+    riding_start: int
+    """The same of the prompt that is next to ride in a batch of the decode lane."""
     oldest_prefill_arrival_ns: int | None
     """When the request arrived that has waited longest for its first token; None without one."""
 

@@ -163,7 +163,7 @@ class PredictiveController:
         for budget in (control.min_resume_budget, *self._chunks):
             if not control.min_resume_budget <= budget <= control.max_resume_budget:
                 continue
-            shape = signal.decodes.with_prefill(budget)
+            shape = signal.decodes.with_prefill(budget, signal.riding_start)
             tpot_ns = self._predict_tpot(shape, partition, True)
             if found is not None and tpot_ns > self._target_ns:
                 break

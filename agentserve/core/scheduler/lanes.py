@@ -102,5 +102,6 @@ class LaneScheduler(Scheduler):
             + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
             num_waiting_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in waiting),
             prefill_start=long[0].num_computed_tokens if long else 0,
+            riding_start=next((request.num_computed_tokens for request in (*short, *waiting)), 0),
             oldest_prefill_arrival_ns=oldest_ns,
         )
