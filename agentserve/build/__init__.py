@@ -12,7 +12,7 @@ from pathlib import Path
 
 from agentserve.build.control import calibrated, control_config, device_sheet
 from agentserve.build.parts import Parts, build_parts, model_shape, window
-from agentserve.config import EngineConfig, ServeConfig
+from agentserve.config import ControlConfig, EngineConfig, ServeConfig
 from agentserve.core.costmodel import DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
 from agentserve.models.config import ModelConfig
@@ -55,16 +55,21 @@ def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
 
     Raises ConfigError or ModelError, each with one clear sentence.
     """
-    name, parts, notes = build_parts(config, report)
+    control = control_config(config)
+    name, parts = build_parts(config, report)
     try:
-        return _assemble(config, name, parts, notes, report)
+        return _assemble(config, control, name, parts, report)
     except BaseException:
         parts.executor.close()
         raise
 
 
 def _assemble(
-    config: ServeConfig, name: str, parts: Parts, notes: tuple[str, ...], report: Callable[[str], None]
+    config: ServeConfig,
+    control: ControlConfig,
+    name: str,
+    parts: Parts,
+    report: Callable[[str], None],
 ) -> Engine:
     capabilities = parts.executor.capabilities()
     engine_config = EngineConfig(
@@ -79,7 +84,7 @@ def _assemble(
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
         enable_prefix_caching=config.prefix_caching,
-        control=control_config(config),
+        control=control,
     )
     header = Header(
         config=engine_config,
@@ -115,7 +120,7 @@ def _assemble(
         bridge=bridge,
         tokenizer=parts.text.tokenizer,
         chat_template=parts.text.chat_template,
-        notes=(*notes, *parts.notes, *parts.text.notes),
+        notes=(*parts.notes, *parts.text.notes),
     )
 
 
@@ -138,7 +143,7 @@ class Measurable:
 
 def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measurable:
     """Loads the model as `build_engine` does, and stops there. Raises what that raises."""
-    name, parts, notes = build_parts(config, report)
+    name, parts = build_parts(config, report)
     try:
         capabilities = parts.executor.capabilities()
         limits = Limits.of(capabilities, window(config, parts.model_config, capabilities), config.max_num_seqs)
@@ -146,4 +151,4 @@ def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measur
         parts.executor.close()
         raise
     sheet = parts.profile or device_sheet(capabilities)
-    return Measurable(parts.executor, limits, name, parts.model_shape, parts.dtype, sheet, (*notes, *parts.notes))
+    return Measurable(parts.executor, limits, name, parts.model_shape, parts.dtype, sheet, parts.notes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import psutil
@@ -67,13 +67,14 @@ class Parts:
     notes: tuple[str, ...] = ()
 
 
-def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str, Parts, tuple[str, ...]]:
-    """The model's name, its parts, and why they were chosen if the user did not ask for them.
+def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str, Parts]:
+    """The model's name and its parts.
 
     Raises ConfigError or ModelError, each with one clear sentence.
     """
     source, kind, notes = _choose(config)
-    return source.name, (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report), notes
+    parts = (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report)
+    return source.name, replace(parts, notes=(*notes, *parts.notes))
 
 
 # ---- which executor ----
@@ -144,6 +145,8 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
     from agentserve.executors.pytorch.executor import TorchExecutor, kv_bytes_per_block
     from agentserve.models.loader import load_model
 
+    # First what can be refused: loading a model takes a while.
+    profile = load_profile(config.profile) if config.profile is not None else None
     model: DecoderModel = load_model(
         source, dtype=config.dtype, load_format=config.load_format, seed=config.seed, report=report
     )
@@ -160,7 +163,6 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         max_num_seqs=config.max_num_seqs,
         clock=MonotonicClock(),
     )
-    profile = load_profile(config.profile) if config.profile is not None else None
     dtype = str(model.dtype).removeprefix("torch.")
     return Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
 

@@ -13,6 +13,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import agentserve
+from agentserve.core.controllers import Decision
+from agentserve.core.slots import PartitionKind, SlotPartition
 from agentserve.core.stats import EngineStats
 from agentserve.errors import ConfigError
 from agentserve.server.app import ServerOptions
@@ -171,6 +173,8 @@ async def test_metrics() -> None:
             num_prefix_hit_tokens=40,
             num_generated_tokens=99,
             num_preemptions=4,
+            num_batches_decode=7,
+            decision=Decision(SlotPartition(3, 5, PartitionKind.SPLIT), resume_budget=48, prefill_chunk=256),
         )
         client = daemon.openai()
         await client.chat.completions.create(model="test-model", messages=HELLO)
@@ -198,6 +202,9 @@ async def test_metrics() -> None:
         "cached_tokens_total": 40,
         "generation_tokens_total": 99,
         "num_preemptions_total": 4,
+        "num_batches_decode_total": 7,
+        "resume_budget": 48,
+        "prefill_chunk": 256,
         "prompt_tokens_total": 2 * 19,
         "num_aborted_requests_total": 0,
         "time_to_first_token_seconds_count": 2,
@@ -209,6 +216,13 @@ async def test_metrics() -> None:
         "request_generation_tokens_sum": 6 + 2,
     }
     assert {name: values[name, None] for name in expected} == pytest.approx(expected)
+    units = {
+        (sample.labels["lane"], sample.labels["kind"]): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == "agentserve:partition_units"
+    }
+    assert units == {("decode", "split"): 3, ("prefill", "split"): 5}
     assert values["request_success_total", "stop"] == 1
     assert values["request_success_total", "length"] == 1
 
