@@ -71,6 +71,7 @@ def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
         model_name=engine.model_name,
         executor=engine.capabilities.name,
         device=engine.capabilities.device,
+        dtype=engine.dtype,
         simulated=engine.capabilities.simulated,
         notes=engine.notes,
         host=config.host,

@@ -26,6 +26,7 @@ async def health(request: web.Request) -> web.Response:
         "model": options.model_name,
         "executor": options.executor,
         "device": options.device,
+        "dtype": options.dtype,
         "simulated": options.simulated,
         "note": "; ".join(options.notes) or None,
         "version": __version__,

@@ -26,6 +26,8 @@ class ServerOptions:
     model_name: str
     executor: str
     """`cpu`, `cuda` or `simulated`, for `/health` and the header `x-agentserve-executor`."""
+    dtype: str | None = None
+    """Data type of weights and KV."""
     simulated: bool = False
     """Whether tokens and timing are made up."""
     device: str = ""

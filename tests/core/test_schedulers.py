@@ -106,6 +106,24 @@ def test_a_long_prompt_does_not_starve() -> None:
     assert len(order) == 61
 
 
+def test_resumes_that_keep_coming_do_not_starve_a_cold_prompt_when_lanes_take_turns() -> None:
+    """Resumes bring 8 new tokens every 8 ms, more than the 16 of a step of 18 ms."""
+    driver = virtual(
+        num_blocks=2000, max_num_seqs=200, prefill_chunk=16, max_model_len=2000, prefill_order="shortest", **TURNS
+    )
+    prefix = range(500, 516)
+    driver.at(0, submit("stream", 4, max_tokens=300))
+    driver.at(0, submit("first", prefix, max_tokens=1))
+    driver.at(100 * MS, submit("cold", 100, max_tokens=1))
+    for index in range(120):
+        own_words = range(10_000 + 8 * index, 10_008 + 8 * index)
+        driver.at((100 + 8 * index) * MS, submit(f"r{index:03}", (*prefix, *own_words), max_tokens=1))
+    order = first_tokens(driver.run())
+    overtaken_by = [int(name[1:]) for name in order[: order.index("cold")] if name.startswith("r")]
+    # 92 tokens more than a resume: those that come more than 0.184 s after it stand behind it, with 8 ms between them.
+    assert 5 < max(overtaken_by) <= 23
+
+
 def test_priority_goes_before_length() -> None:
     driver = virtual(num_blocks=100, prefill_chunk=16, prefill_order="shortest")
     driver.at(0, submit("urgent", 60, max_tokens=1, priority=-1))

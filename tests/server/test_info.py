@@ -35,6 +35,7 @@ async def test_health_ready_root() -> None:
                 "model": "test-model",
                 "executor": "scripted",
                 "device": "a box",
+                "dtype": None,
                 "simulated": True,
                 "note": "no GPU; no weights",
                 "version": agentserve.__version__,
