@@ -53,7 +53,7 @@ def main() -> int:
     _print(rows, title, console)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        record = {"conditions": {**conditions(sys.argv[1:]), "command": _command(), "what": title}, "rows": rows}
+        record = {"conditions": {**conditions(), "command": _command(), "what": title}, "rows": rows}
         (arguments.out / "isolation.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
 

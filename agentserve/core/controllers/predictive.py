@@ -21,10 +21,10 @@ from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_NEAR_END = 2
+_NEAR_END = 3
 """A chunk of the prefill lane that takes no longer than this multiple of the target is never too long: so near may the
 next batch boundary be."""
-_FAR_END, _MUCH_BETTER = 4, 1.1
+_FAR_END, _MUCH_BETTER = 6, 1.1
 """Up to this multiple if that promises so much more: a device that is fast only with long chunks gets them."""
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
