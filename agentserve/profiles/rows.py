@@ -23,8 +23,9 @@ Point = tuple[float, float, float]
 def tile_rows(tile: int, last: int) -> tuple[tuple[float, float], ...]:
     """The curve of a device that computes tiles of `tile` rows: steps up to `last` tokens, then proportional.
 
-    For fewer tokens than a tile there are kernels with smaller ones, down to the 16 rows of a matrix instruction. On the
-    whole device nobody notices, since reading the weights takes longer; on a few units it decides how fast decode is.
+    For fewer tokens than a tile there are kernels with smaller ones, down to the 16 rows of a matrix instruction. On
+    the whole device nobody notices, since reading the weights takes longer; on a few units it decides how fast decode
+    is.
     """
     smallest = min(16, tile)
     knots: list[tuple[float, float]] = [(1.0, float(smallest))]

@@ -97,7 +97,8 @@ def write_report(base_url: str, results: list[TurnResult], out: Path, console: C
     print_table(results, console)
     console.print(summary(results), highlight=False)
     caption = (
-        f"{health['model']} in {health['dtype']}, executor {health['executor']} ({health['device']}), agentserve {__version__}"
+        f"{health['model']} in {health['dtype']}, executor {health['executor']} ({health['device']}), "
+        f"agentserve {__version__}"
     )
     plot_timeline(results, out / "timeline.png", caption)
     plot_turns(results, out / "turns.png", caption)
