@@ -11,7 +11,7 @@ import psutil
 from agentserve.build.parts import Parts
 from agentserve.config import ControlConfig, ServeConfig
 from agentserve.core.controllers.factory import TARGET_FACTOR
-from agentserve.core.costmodel import DeviceProfile, ModelShape
+from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
 from agentserve.core.slots import build_partition_table
 from agentserve.errors import ConfigError
@@ -21,6 +21,9 @@ from agentserve.runtime.calibration_grid import Grid, Limits
 from agentserve.runtime.recording import Header
 
 logger = logging.getLogger(__name__)
+
+_MOST_SPLIT, _MOST_SHARED = 1.25, 2.0
+"""Lanes on disjoint units meet only in memory; on shared units each gets about half."""
 
 
 def calibrated(header: Header, parts: Parts, report: Callable[[str], None]) -> Header:
@@ -52,7 +55,21 @@ def _measured(executor: Executor, limits: Limits, shape: ModelShape) -> DevicePr
         executor, Grid.quick(table, limits), sheet, shape, provenance="measured: quickly, when the daemon started"
     )
     logger.debug("the fit of the device's profile:\n%s", fit)
-    return fit.profile
+    return replace(fit.profile, contention=_hopeful(fit.profile.contention))
+
+
+def _hopeful(measured: Contention) -> Contention:
+    """Contention of a quick measurement, bounded from above.
+
+    A way to share the device that looks too slow is not taken, so it is not measured again: one interruption at the
+    wrong moment would rule it out for good. What looks too fast is corrected within a few batches.
+    """
+    return Contention(
+        decode_split=min(measured.decode_split, _MOST_SPLIT),
+        prefill_split=min(measured.prefill_split, _MOST_SPLIT),
+        decode_shared=min(measured.decode_shared, _MOST_SHARED),
+        prefill_shared=min(measured.prefill_shared, _MOST_SHARED),
+    )
 
 
 def control_config(config: ServeConfig) -> ControlConfig:
