@@ -231,7 +231,7 @@ def _finish(
     drawn: MplFigure, figure: Figure, title: str, handles: Sequence[Any], labels: Sequence[str], *, columns: int = 3
 ) -> None:
     """Title, caption with the conditions, and one legend below."""
-    width = round(drawn.get_size_inches()[0] * 15)
+    width = round(drawn.get_size_inches()[0] * 13)
     drawn.suptitle(f"{title}\n{textwrap.fill(figure['conditions'], width)}", fontsize=9.5)
     drawn.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)))
 
