@@ -78,7 +78,7 @@ class PredictiveController:
         mode = self._mode(batch.lane, batch.partition, observation.shape)
         if batch.co_running == observation.co_running:
             self._corrections.observe(mode, observation.duration_ns / max(1, predicted_ns))
-        if observation.since_previous_decode_ns is not None and batch.lane is Lane.DECODE:
+        if observation.since_previous_decode_ns is not None:
             self._corrections.observe_gap(observation.since_previous_decode_ns - observation.duration_ns)
 
     def decide(self, signal: ControlSignal) -> Decision:

@@ -10,7 +10,7 @@ from agentserve.core.scheduler.baselines import ChunkedScheduler, FcfsScheduler,
 from agentserve.core.scheduler.lanes import LaneScheduler
 from agentserve.core.slots import PartitionTable
 
-_BASELINES: dict[str, type[ChunkedScheduler | PrefillFirstScheduler | FcfsScheduler]] = {
+_BASELINES: dict[str, type[ChunkedScheduler | PrefillFirstScheduler]] = {
     "chunked": ChunkedScheduler,
     "prefill-first": PrefillFirstScheduler,
     "fcfs": FcfsScheduler,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.core.events import EngineEvent
+from agentserve.core.request import Request
 from agentserve.core.scheduler.base import Scheduler
 
 
@@ -41,17 +42,11 @@ class PrefillFirstScheduler(Scheduler):
         return {Lane.DECODE: self._decodes(now_ns, events)}
 
 
-class FcfsScheduler(Scheduler):
+class FcfsScheduler(ChunkedScheduler):
     """Requests in order of arrival, each as far as it can go (like llama.cpp's server).
 
-    A batch takes the decodes and then whole prompts, the oldest first; the next prompt waits until the one before it is
-    in a batch to its end.
+    As above, but prompts are taken by arrival whatever `prefill_order` says; the budget is meant to hold whole prompts.
     """
 
-    def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
-        if self.in_flight:
-            return {}
-        decodes = self._decodes(now_ns, events)
-        oldest_first = (request for request in self.running if request.is_prefilling)
-        prompts = self._prompts(oldest_first, self._config.max_num_batched_tokens - len(decodes))
-        return {Lane.DECODE if decodes else Lane.PREFILL: decodes + prompts}
+    def _prefilling(self) -> list[Request]:
+        return [request for request in self.running if request.is_prefilling]

@@ -50,8 +50,7 @@ class LaneScheduler(Scheduler):
             short, long = self._still_running(short), self._still_running(long)
             if takes_turns and (decodes or short) and Lane.PREFILL not in self.in_flight:
                 # All in one order: short ones that keep coming must not starve a long one.
-                waiting = self._still_running(prefilling)
-                prompts = self._prompts(waiting, self._room(decision.prefill_chunk, decodes))
+                prompts = self._prompts(self._still_running(prefilling), self._room(decision.prefill_chunk, decodes))
             else:
                 # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
                 budget = decision.resume_budget if decodes else max(decision.resume_budget, decision.prefill_chunk)
