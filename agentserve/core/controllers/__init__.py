@@ -18,7 +18,7 @@ class ControlSignal:
     decodes: BatchShape
     """The batch of all requests that are decoding, without any prefill."""
     num_resume_tokens: int
-    """Prompt tokens left of admitted requests whose prefill is a short resume: work for the decode lane."""
+    """Prompt tokens left of admitted requests whose prefill is a resume that may ride in the decode lane."""
     num_prefill_tokens: int
     """Prompt tokens left of all other admitted requests: work for the prefill lane."""
     num_waiting_prefill_tokens: int
@@ -29,6 +29,8 @@ class ControlSignal:
     """The same of the prompt that is next to ride in a batch of the decode lane."""
     oldest_prefill_arrival_ns: int | None
     """When the request arrived that has waited longest for its first token; None without one."""
+    decode_running_ns: int | None = None
+    """How long the batch of the decode lane has been running; None if that lane is idle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Decision:
     partition: SlotPartition
     """For the time while both kinds of work are present; a lone lane always runs on the whole device."""
     resume_budget: int
-    """Resume-prefill tokens in one batch of the decode lane."""
+    """Resume-prefill tokens in one batch of the decode lane; with 0 all prompts are for the prefill lane."""
     prefill_chunk: int
     """Prompt tokens in one batch of the prefill lane."""
     shares_budget: bool = False

@@ -14,6 +14,8 @@ _FADE = 0.001
 of the machine, is tried again some day."""
 _LEAST, _MOST = 0.25, 4.0
 """A single measurement counts at most this much: a batch may have been interrupted by anything."""
+_CAUTION = 2.0
+"""Mean absolute deviations above the mean: about the 95th percentile of a normal distribution."""
 _WHOLE = "whole"
 
 
@@ -55,6 +57,6 @@ class Corrections:
     def high_factor(self, mode: Mode) -> float:
         """The same for a batch that is slower than most: a target is kept only if these keep it, too.
 
-        Mean and mean absolute deviation, as in the retransmission timer of TCP (Jacobson, 1988).
+        Mean and multiples of the mean absolute deviation, as in the retransmission timer of TCP (Jacobson, 1988).
         """
-        return self.factor(mode) + self._deviations.get(mode, 0.0)
+        return self.factor(mode) + _CAUTION * self._deviations.get(mode, 0.0)

@@ -3,7 +3,9 @@
 Each *option* is a partition with a chunk size. Its predicted time between two tokens must stay under the target; of
 those that do, the one with the most prefill progress wins. Options are the splits, the caps, the shared device, and
 taking turns (prompts in the batches of the decodes), so a split is made only where it is predicted to pay: aggregate by
-default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general form.
+default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general form. Short
+resumes may ride in the batches of the decodes or go to the prefill lane, which does not have to wait for the end of a
+batch that is running.
 
 Predictions are corrected by what was measured, per way of sharing. A change of partition must promise more than the
 hysteresis.
@@ -133,28 +135,54 @@ class PredictiveController:
     def options(self, signal: ControlSignal) -> list[Option]:
         """All ways to share the device with this work."""
         found = [self._turns(signal, chunk) for chunk in self._chunks]
-        if signal.num_prefill_tokens > 0:
-            found += [self._side_by_side(signal, partition) for partition in self._shared]
+        for partition in self._shared:
+            if signal.num_prefill_tokens > 0:
+                found.append(self._side_by_side(signal, partition))
+            if signal.num_resume_tokens > 0:
+                found.append(self._apart(signal, partition))
         return found
 
     def _turns(self, signal: ControlSignal, chunk: int) -> Option:
+        """Everything in one lane, on the whole device."""
         pending = signal.num_prefill_tokens + signal.num_resume_tokens
-        shape = signal.decodes.with_prefill(chunk, signal.prefill_start)
+        chunk_now = min(chunk, max(pending, 1))
+        shape = signal.decodes.with_prefill(chunk_now, signal.prefill_start or signal.riding_start)
         tpot_ns = self._predict_tpot(shape, self._table.whole, False)
-        return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, min(chunk, max(pending, 1)) * 1e9 / tpot_ns)
+        rate = self._delayed(signal, chunk_now * 1e9 / tpot_ns, pending)
+        return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, rate)
 
     def _side_by_side(self, signal: ControlSignal, partition: SlotPartition) -> Option:
+        """Cold and long prompts in the prefill lane; short resumes, and who waits for that lane, with the decodes."""
         chunk = self._lane_chunks[partition]
-        prefill = BatchShape().with_prefill(chunk, signal.prefill_start)
-        rate = chunk * 1e9 / self._predict(prefill, Lane.PREFILL, partition, True)
+        rate = self._lane_rate(partition, min(chunk, signal.num_prefill_tokens), signal.prefill_start)
         budget, tpot_ns = self._resume_budget(signal, partition)
         shares = tpot_ns <= self._target_ns
         riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
         if riding > 0:
-            rate += min(budget, riding) * 1e9 / tpot_ns
+            rate += self._delayed(signal, min(budget, riding) * 1e9 / tpot_ns, riding)
         else:
             tpot_ns = self._predict_tpot(signal.decodes, partition, True)
         return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
+
+    def _apart(self, signal: ControlSignal, partition: SlotPartition) -> Option:
+        """All prompts in the prefill lane, nothing but decodes in the other one."""
+        chunk = self._lane_chunks[partition]
+        pending = signal.num_prefill_tokens + signal.num_resume_tokens
+        rate = self._lane_rate(partition, min(chunk, pending), signal.prefill_start or signal.riding_start)
+        return Option(Decision(partition, 0, chunk), self._predict_tpot(signal.decodes, partition, True), rate)
+
+    def _lane_rate(self, partition: SlotPartition, num_tokens: int, start: int) -> float:
+        """Prompt tokens per second of the prefill lane beside a busy decode lane."""
+        shape = BatchShape().with_prefill(num_tokens, start)
+        return num_tokens * 1e9 / self._predict(shape, Lane.PREFILL, partition, True)
+
+    def _delayed(self, signal: ControlSignal, rate: float, num_tokens: int) -> float:
+        """The rate of prompts that ride with the decodes, given that they must wait for the batch that is running."""
+        if signal.decode_running_ns is None:
+            return rate
+        batch_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
+        wait_ns = max(0.0, batch_ns - signal.decode_running_ns)
+        return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens else rate
 
     def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:
         """The most resume tokens in a decode batch that keep the target, at least the configured minimum."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.core.classify import classify, lane_of
-from agentserve.core.controllers import Controller, ControlSignal, Decision
+from agentserve.core.controllers import Controller, ControlSignal
 from agentserve.core.costmodel import BatchShape
 from agentserve.core.events import ControlDecided, EngineEvent
 from agentserve.core.memory.manager import MemoryManager
@@ -41,7 +41,7 @@ class LaneScheduler(Scheduler):
         if decision != self.decision:
             self.decision = decision
             events.append(ControlDecided(now_ns, decision))
-        short, long = self._by_lane(prefilling, decision)
+        short, long = self._by_lane(prefilling, decision.resume_budget)
         takes_turns = decision.partition.kind is PartitionKind.WHOLE
         chunks: dict[Lane, list[ScheduledChunk]] = {}
         if Lane.DECODE not in self.in_flight:
@@ -72,9 +72,9 @@ class LaneScheduler(Scheduler):
     def _still_running(requests: list[Request]) -> list[Request]:
         return [request for request in requests if request.status is RequestStatus.RUNNING]
 
-    def _by_lane(self, prefilling: list[Request], decision: Decision) -> tuple[list[Request], list[Request]]:
-        """Requests whose prompts belong to the decode lane, and the others; the order is kept."""
-        limit = decision.resume_budget * self._config.resume_max_steps
+    def _by_lane(self, prefilling: list[Request], budget: int) -> tuple[list[Request], list[Request]]:
+        """Requests whose prompts belong to the decode lane with this resume budget, and the others, each in order."""
+        limit = budget * self._config.resume_max_steps
         short: list[Request] = []
         long: list[Request] = []
         for request in prefilling:
@@ -91,10 +91,11 @@ class LaneScheduler(Scheduler):
                 num_context += len(request.token_ids)
             if request.first_token_ns is None and (oldest_ns is None or request.arrival_ns < oldest_ns):
                 oldest_ns = request.arrival_ns
-        # Who belongs to which lane is a matter of the budget: that of the latest decision.
-        short, long = self._by_lane(prefilling, self.decision) if self.decision else ([], prefilling)
+        # Who belongs to which lane is a matter of the budget, which is about to be decided: who may ride with the most.
+        short, long = self._by_lane(prefilling, self._config.control.max_resume_budget)
         in_prefill_lane = self.in_flight.get(Lane.PREFILL)
         waiting = long if in_prefill_lane else long[1:]
+        decode_since_ns = self._observer.running_since_ns(Lane.DECODE)
         return ControlSignal(
             now_ns=now_ns,
             decodes=BatchShape(num_decodes=num_decodes, num_decode_context=num_context, num_samples=num_decodes),
@@ -105,4 +106,5 @@ class LaneScheduler(Scheduler):
             prefill_start=long[0].num_computed_tokens if long else 0,
             riding_start=next((request.num_computed_tokens for request in (*short, *waiting)), 0),
             oldest_prefill_arrival_ns=oldest_ns,
+            decode_running_ns=None if decode_since_ns is None else now_ns - decode_since_ns,
         )

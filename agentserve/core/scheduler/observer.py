@@ -24,6 +24,10 @@ class LaneObserver:
     def started(self, batch: Batch, now_ns: int) -> None:
         self._running_since[batch.lane] = now_ns
 
+    def running_since_ns(self, lane: Lane) -> int | None:
+        """When the batch was made that runs in this lane; None if it is idle."""
+        return self._running_since.get(lane)
+
     def finished(self, batch: Batch, output: BatchOutput) -> BatchObservation:
         """Books the end of a batch."""
         lane = batch.lane
