@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -171,6 +172,26 @@ def test_predictive_gives_everything_to_prefill_when_nobody_decodes() -> None:
     assert decision.prefill_chunk == decision.resume_budget >= 16
 
 
+def test_predictive_sends_a_resume_to_the_prefill_lane_rather_than_let_it_wait() -> None:
+    """Ten tokens while a decode batch runs, which takes 8 ms and a little."""
+
+    def budget(running_ns: int | None) -> int:
+        at = replace(signal(resume=10, prefill=0), decode_running_ns=running_ns)
+        return predictive(tpot_target_ns=100 * MS).decide(at).resume_budget
+
+    # At the boundary they ride along: one batch of 18 ms, against 10 tokens on 7 of 8 units beside another lane.
+    assert budget(None) > 0
+    # It has only just begun.
+    assert budget(0) == 0
+    # It is all but over.
+    assert budget(8 * MS) > 0
+
+
+def test_a_resume_rides_with_the_decodes_while_the_prefill_lane_has_work_of_its_own() -> None:
+    options = predictive().options(signal(resume=10, prefill=500))
+    assert all(option.decision.resume_budget > 0 for option in options)
+
+
 @pytest.mark.parametrize(
     ("slots", "kinds"),
     [("off", {PartitionKind.WHOLE}), ("stream", {PartitionKind.WHOLE, PartitionKind.STREAM})],
@@ -197,7 +218,9 @@ def test_predictive_stays_within_its_bounds(
         decision = controller.decide(at)
         assert decision.partition in TABLE.entries
         assert 1 <= decision.prefill_chunk <= 2048
-        assert 1 <= decision.resume_budget <= 2048
+        # None only where the prefill lane takes the resumes.
+        assert decision.resume_budget >= (0 if resume and decision.partition is not TABLE.whole else 1)
+        assert decision.resume_budget <= 2048
         controller.observe(observation(decision, round(ratio * 10 * MS), shape=at.decodes))
 
 

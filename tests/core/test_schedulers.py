@@ -124,6 +124,39 @@ def test_resumes_that_keep_coming_do_not_starve_a_cold_prompt_when_lanes_take_tu
     assert 5 < max(overtaken_by) <= 23
 
 
+def test_a_prompt_that_is_nearly_done_does_not_wait_for_a_whole_chunk_of_the_next_one() -> None:
+    driver = virtual(prefill_chunk=64, control=ControlConfig(controller="static", slots="stream"))
+    driver.at(0, submit("stream", 8, max_tokens=60))
+    # Both come while the lane reads this one.
+    driver.at(20 * MS, submit("first", 64, max_tokens=1))
+    driver.at(30 * MS, submit("short", 10, max_tokens=1))
+    driver.at(30 * MS, submit("long", 90, max_tokens=1))
+    batches = [contents(batch) for batch in batches_of(driver.run()) if batch.lane is Lane.PREFILL]
+    # Not 10 + 54 of 64: a quarter of the chunk is what the short one waits for.
+    assert batches == [[("stream", 8)], [("first", 64)], [("short", 10), ("long", 6)], [("long", 64)], [("long", 20)]]
+
+
+def test_without_a_resume_budget_all_prompts_are_read_in_the_prefill_lane() -> None:
+    class Apart:
+        decision = Decision(build_partition_table(8, 1, 1).split_nearest(0.5), 0, 16)
+
+        def observe(self, observation: BatchObservation) -> None:
+            """Nothing to learn."""
+
+        def decide(self, signal: ControlSignal) -> Decision:
+            return self.decision
+
+    engine = EngineCore(config(num_blocks=200), build_partition_table(8, 1, 1), Apart())
+    driver = VirtualDriver(engine, simulated(200, 4))
+    driver.at(0, submit("before", range(32), max_tokens=1))
+    driver.at(100 * MS, submit("stream", 8, max_tokens=60))
+    driver.at(150 * MS, submit("resume", range(36), max_tokens=1))
+    batches = batches_of(driver.run())
+    resumes = [batch for batch in batches for c in batch.chunks if c.work_class is WorkClass.RESUME_PREFILL]
+    assert resumes and {batch.lane for batch in resumes} == {Lane.PREFILL}
+    assert any(batch.co_running for batch in resumes)
+
+
 def test_priority_goes_before_length() -> None:
     driver = virtual(num_blocks=100, prefill_chunk=16, prefill_order="shortest")
     driver.at(0, submit("urgent", 60, max_tokens=1, priority=-1))

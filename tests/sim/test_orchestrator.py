@@ -94,7 +94,7 @@ def test_two_runs_are_equal(workload: Workload) -> None:
 
 def test_a_free_agent_takes_the_first_program_that_may_start() -> None:
     result = run(
-        program("a", (8, 4, 0)),
+        program("a", (8, 8, 0)),
         program("b", (8, 1, 0), depends_on=("a",)),
         program("c", (8, 2, 0)),
         program("d", (8, 1, 0)),

@@ -135,11 +135,10 @@ class PredictiveController:
     def options(self, signal: ControlSignal) -> list[Option]:
         """All ways to share the device with this work."""
         found = [self._turns(signal, chunk) for chunk in self._chunks]
-        for partition in self._shared:
-            if signal.num_prefill_tokens > 0:
-                found.append(self._side_by_side(signal, partition))
-            if signal.num_resume_tokens > 0:
-                found.append(self._apart(signal, partition))
+        if signal.num_prefill_tokens > 0:
+            found += [self._side_by_side(signal, partition) for partition in self._shared]
+        elif signal.num_resume_tokens > 0:
+            found += [self._apart(signal, partition) for partition in self._shared]
         return found
 
     def _turns(self, signal: ControlSignal, chunk: int) -> Option:
@@ -165,10 +164,9 @@ class PredictiveController:
         return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
 
     def _apart(self, signal: ControlSignal, partition: SlotPartition) -> Option:
-        """All prompts in the prefill lane, nothing but decodes in the other one."""
+        """Short resumes in the prefill lane, which nobody else needs, and nothing but decodes in the other one."""
         chunk = self._lane_chunks[partition]
-        pending = signal.num_prefill_tokens + signal.num_resume_tokens
-        rate = self._lane_rate(partition, min(chunk, pending), signal.prefill_start or signal.riding_start)
+        rate = self._lane_rate(partition, min(chunk, signal.num_resume_tokens), signal.riding_start)
         return Option(Decision(partition, 0, chunk), self._predict_tpot(signal.decodes, partition, True), rate)
 
     def _lane_rate(self, partition: SlotPartition, num_tokens: int, start: int) -> float:

@@ -19,6 +19,9 @@ from agentserve.core.request import Request, RequestStatus
 from agentserve.core.scheduler.base import Scheduler
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
+_SHORT = 4
+"""A prompt that needs less than one part in so many of a chunk shares its batch up to that part only."""
+
 
 class LaneScheduler(Scheduler):
     """See the module. The controller is asked at every step at which a lane is idle."""
@@ -62,8 +65,13 @@ class LaneScheduler(Scheduler):
         decode_lane_busy = Lane.DECODE in self.in_flight or bool(chunks.get(Lane.DECODE))
         if Lane.PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
             long = [request for request in long if not request.in_flight]
-            chunks[Lane.PREFILL] = self._prompts(long, self._room(decision.prefill_chunk, []))
+            chunks[Lane.PREFILL] = self._prompts(long, self._room(self._near_end(long, decision.prefill_chunk), []))
         return chunks
+
+    @staticmethod
+    def _near_end(prompts: list[Request], chunk: int) -> int:
+        """The chunk, or a part of it for a first prompt that is done sooner: it must not wait for those behind it."""
+        return max(chunk // _SHORT, min(chunk, prompts[0].num_remaining_prefill_tokens)) if prompts else chunk
 
     def _room(self, budget: int, decodes: list[ScheduledChunk]) -> int:
         return min(budget, self._config.max_num_batched_tokens - len(decodes))
