@@ -242,7 +242,8 @@ def test_after_preemption_and_recompute(subject: Subject, executor_of: Callable[
     # Room for the prompts and a little more: they outgrow it together.
     num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in subject.prompts) + 4
     executor = executor_of(subject.model, num_blocks=num_blocks)
-    core = make_core(executor, max_model_len=num_blocks * BLOCK_SIZE)
+    # All prompts in one batch.
+    core = make_core(executor, max_model_len=num_blocks * BLOCK_SIZE, prefill_chunk=2048)
     run = drive(core, executor, requests)
     assert sum(end.stats.num_preemptions for end in run.ends.values()) > 0, "nobody was preempted"
     check(subject, requests, run)

@@ -117,6 +117,67 @@ def test_a_mirror_forgotten_in_flight_leaves_the_books_right():
     assert kv.mirror_bytes == STEP_BYTES
 
 
+def test_the_next_turn_takes_over_the_mirror_of_the_last_one():
+    kv = store()
+    run(kv, [chunk("first", range(10), (0, 1, 2))], tokens(10), tokens(10))
+    (mirror,) = kv.open([chunk("first", [1], (0, 1, 2), start=10)])
+    buffer = mirror.buffer
+    kv.close([mirror])
+    kv.forget(["first"])
+    assert kv.mirror_bytes == STEP_BYTES
+    # Two whole blocks of it are cached; the third is new.
+    (mirror,) = kv.open([chunk("second", [1, 2], (0, 1, 7), start=8)])
+    assert mirror.buffer is buffer
+    assert torch.equal(buffer[1, 0, :, :8].transpose(0, 1), tokens(10)[:8])
+    kv.close([mirror])
+    assert kv.mirror_bytes == STEP_BYTES
+    # It is gone now: whoever else begins alike fills a mirror of its own.
+    (other,) = kv.open([chunk("third", [1], (0, 1, 8), start=8)])
+    assert other.buffer is not buffer
+    kv.close([other])
+
+
+def test_a_retired_mirror_ends_before_a_block_that_was_written():
+    kv = store()
+    run(kv, [chunk("first", range(12), (0, 1, 2))], tokens(12), tokens(12))
+    kv.forget(["first"])
+    run(kv, [chunk("else", range(4), (1,))], -tokens(4) - 1, -tokens(4) - 1)
+    assert torch.equal(contents(kv, "second", (0, 1), 8)[0, 0].transpose(0, 1), torch.cat([tokens(4), -tokens(4) - 1]))
+
+
+def test_a_prefix_of_a_long_conversation_does_not_take_its_mirror():
+    kv = store()
+    run(kv, [chunk("long", range(12), (0, 1, 2))], tokens(12), tokens(12))
+    kv.forget(["long"])
+    kv.close(kv.open([chunk("other", [1], (0, 5), start=4)]))
+    assert kv.mirror_bytes == 2 * STEP_BYTES
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.permutations(range(5)), st.integers(0, 4), st.integers(1, 8), st.integers(0, 3)),
+        max_size=25,
+    )
+)
+def test_what_is_in_a_mirror_is_what_is_in_the_blocks(plan):
+    """Requests that begin with whatever blocks, one after the other, some under a name that was used before."""
+    kv = store(limit=3 * STEP_BYTES)
+    kv._pool.zero_()
+    for turn, (blocks, num_cached, wanted, name) in enumerate(plan):
+        start = 4 * num_cached
+        num_new = min(wanted, 20 - start)
+        part = chunk(f"{name}", range(num_new), tuple(blocks[: -(-(start + num_new) // 4)]), start=start)
+        (mirror,) = kv.open([part])
+        for index in range(num_cached):
+            kept = mirror.buffer[:, :, :, 4 * index : 4 * index + 4]
+            assert torch.equal(kept, kv._pool[blocks[index]])
+        kv.close([mirror])
+        run(kv, [part], tokens(num_new) + 100 * turn, tokens(num_new) - 100 * turn)
+        kv.forget([part.request_id])
+    assert kv.mirror_bytes == STEP_BYTES * len(kv._retired) <= 3 * STEP_BYTES
+
+
 def test_a_failed_batch_leaves_no_pin():
     kv = store(limit=0)
     with pytest.raises(IndexError):
@@ -139,7 +200,7 @@ def test_two_lanes_at_once():
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(work, range(2))) == [None, None]
-    assert kv.mirror_bytes == len(kv._mirrors) * STEP_BYTES <= 2 * STEP_BYTES
+    assert kv.mirror_bytes == (len(kv._mirrors) + len(kv._retired)) * STEP_BYTES <= 2 * STEP_BYTES
 
 
 @settings(max_examples=30, deadline=None)

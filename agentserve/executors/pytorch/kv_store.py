@@ -11,6 +11,10 @@ blocks when the batch is done.
 
 A mirror is used only if it ends exactly where the next chunk starts; otherwise (prefix hit, preemption, a mirror that
 had to go) it is filled from the blocks again. Dropping a mirror is therefore always safe.
+
+An agent's next turn begins with the blocks of its last one. So the mirror of a request that ended is kept for a while,
+*retired*: a request whose prefix lies in the same blocks takes it over instead of filling its own. What is written to a
+block makes that block, and what follows it, invalid in every retired mirror.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ from agentserve.models.config import ModelConfig
 
 _MIRROR_GRANULARITY = 256
 """Capacities are multiples of this many tokens."""
+_MAX_RETIRED = 16
+"""Retired mirrors at most: about as many as there are agents on one machine. Each write looks at all of them."""
 
 
 class Mirror:
     """The keys and values of one request in order; owned by the lane that is working on the request."""
 
-    __slots__ = ("buffer", "length", "num_bytes", "pinned")
+    __slots__ = ("block_ids", "buffer", "length", "num_bytes", "pinned")
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
@@ -43,6 +49,8 @@ class Mirror:
         """Bytes reserved for it."""
         self.pinned = False
         """Whether a batch in flight uses it."""
+        self.block_ids: tuple[int, ...] = ()
+        """The blocks that hold the same tokens."""
 
     @property
     def capacity(self) -> int:
@@ -78,23 +86,24 @@ class KvStore:
         # By last use, oldest first. The lock guards the table, `pinned` and the accounting; the tensors belong to the
         # lane whose batch pinned them.
         self._mirrors: dict[str, Mirror] = {}
+        self._retired: dict[str, Mirror] = {}
         self._mirror_bytes = 0
 
     @property
     def mirror_bytes(self) -> int:
-        """Bytes reserved by mirrors."""
+        """Bytes reserved by mirrors, retired ones included."""
         with self._lock:
             return self._mirror_bytes
 
     def forget(self, request_ids: Iterable[str]) -> None:
-        """Drops the mirrors of requests that ended or lost their blocks.
+        """Retires the mirrors of requests that ended or lost their blocks.
 
         Called in the order of the batches, before any of them runs: a lane that lags behind cannot then drop the
         mirror of a request that came back.
         """
         with self._lock:
             for request_id in request_ids:
-                self._drop(request_id)
+                self._retire(request_id)
 
     def open(self, chunks: Sequence[ScheduledChunk]) -> list[Mirror]:
         """The mirrors of the chunks' requests, valid up to `chunk.start` and with room up to `chunk.end`.
@@ -113,6 +122,9 @@ class KvStore:
 
     def write_through(self, chunks: Sequence[ScheduledChunk], mirrors: Sequence[Mirror]) -> None:
         """Copies what the batch appended to the mirrors into the blocks."""
+        with self._lock:
+            if self._retired:
+                self._invalidate(chunks)
         for chunk, mirror in zip(chunks, mirrors, strict=True):
             assert mirror.buffer is not None
             for block, start, end in self._pieces(chunk, chunk.start, chunk.end):
@@ -120,6 +132,7 @@ class KvStore:
                 piece = self._pool[block, :, :, :, offset : offset + end - start]
                 piece.copy_(mirror.buffer[:, :, :, start:end])
             mirror.length = chunk.end
+            mirror.block_ids = chunk.block_ids
 
     def close(self, mirrors: Sequence[Mirror]) -> None:
         """Unpins the mirrors of a batch and evicts the least recently used ones beyond the limit."""
@@ -139,6 +152,8 @@ class KvStore:
     def _make_ready(self, chunk: ScheduledChunk, mirror: Mirror) -> None:
         if mirror.length != chunk.start:
             mirror.length = 0
+            with self._lock:
+                self._take_over(chunk, mirror)
         if mirror.capacity < chunk.end:
             self._grow(mirror, chunk)
         assert mirror.buffer is not None
@@ -174,15 +189,58 @@ class KvStore:
 
     # ---- under the lock ----
 
-    def _drop(self, request_id: str) -> None:
+    def _retire(self, request_id: str) -> None:
         mirror = self._mirrors.pop(request_id, None)
+        if mirror is None:
+            return
+        if mirror.pinned or mirror.length < self.block_size:
+            self._mirror_bytes -= mirror.num_bytes
+            return
+        self._discard(request_id)  # an earlier one of this id
+        self._retired[request_id] = mirror
+        if len(self._retired) > _MAX_RETIRED:
+            self._discard(next(iter(self._retired)))
+
+    def _discard(self, request_id: str) -> None:
+        mirror = self._retired.pop(request_id, None)
         if mirror is not None:
             self._mirror_bytes -= mirror.num_bytes
+
+    def _invalidate(self, chunks: Sequence[ScheduledChunk]) -> None:
+        written = {b for chunk in chunks for b in chunk.block_ids[chunk.start // self.block_size :]}
+        for request_id, mirror in list(self._retired.items()):
+            if written.isdisjoint(mirror.block_ids):
+                continue
+            index = next(i for i, block in enumerate(mirror.block_ids) if block in written)
+            mirror.block_ids = mirror.block_ids[:index]
+            mirror.length = min(mirror.length, index * self.block_size)
+            if index == 0:
+                self._discard(request_id)
+
+    def _take_over(self, chunk: ScheduledChunk, mirror: Mirror) -> None:
+        """Gives `mirror` the buffer of a retired one that holds the tokens before the chunk, if there is one.
+
+        Not one that holds much more: it belongs to a longer conversation that only begins alike.
+        """
+        num_blocks, rest = divmod(chunk.start, self.block_size)
+        if rest or not num_blocks or self._mirrors.get(chunk.request_id) is not mirror:
+            return
+        prefix = chunk.block_ids[:num_blocks]
+        for request_id, retired in reversed(self._retired.items()):
+            if chunk.start <= retired.length <= 2 * chunk.start and retired.block_ids[:num_blocks] == prefix:
+                del self._retired[request_id]
+                self._mirror_bytes -= mirror.num_bytes
+                mirror.buffer, mirror.num_bytes, mirror.length = retired.buffer, retired.num_bytes, chunk.start
+                return
 
     def _evict(self) -> None:
         if self._mirror_bytes <= self._mirror_limit_bytes:
             return
+        for request_id in list(self._retired):
+            self._discard(request_id)
+            if self._mirror_bytes <= self._mirror_limit_bytes:
+                return
         for request_id in [name for name, mirror in self._mirrors.items() if not mirror.pinned]:
-            self._drop(request_id)
+            self._mirror_bytes -= self._mirrors.pop(request_id).num_bytes
             if self._mirror_bytes <= self._mirror_limit_bytes:
                 return
