@@ -92,6 +92,8 @@ class EngineConfig:
     aging_tokens_per_s: int = 500
     """`shortest`: a prompt that arrived a second earlier may have this many tokens more left and still goes first."""
     enable_prefix_caching: bool = True
+    decode_lookahead: int = 1
+    """Batches of the decode lane in flight: with 2 the next one is made before the tokens of this one are known."""
     control: ControlConfig = ControlConfig()
 
     def __post_init__(self) -> None:
@@ -111,6 +113,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.decode_lookahead not in {1, 2}:
+            raise ConfigError(f"decode_lookahead must be 1 or 2, not {self.decode_lookahead}")
         if self.max_model_len < 2:
             raise ConfigError("max_model_len must be at least 2: a prompt token and an output token")
         if self.resume_min_cached_tokens < 0:

@@ -84,6 +84,7 @@ def _assemble(
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
         enable_prefix_caching=config.prefix_caching,
+        decode_lookahead=min(2, capabilities.lookahead),
         control=control,
     )
     header = Header(

@@ -8,6 +8,10 @@ from enum import StrEnum
 from agentserve.core.request import SamplingParams, WorkClass
 from agentserve.core.slots import SlotPartition
 
+PENDING_TOKEN = -1
+"""In `ScheduledChunk.token_ids`: the token that the batch before it in this lane samples for the same request. It is
+not known to the control plane when the batch is made; the executor has it."""
+
 
 class Lane(StrEnum):
     """A sequence of batches; batches of two lanes may run at the same time."""
@@ -45,6 +49,7 @@ class ScheduledChunk:
     work_class: WorkClass
     start: int
     token_ids: tuple[int, ...]
+    """What the tokens are; `(PENDING_TOKEN,)` in a decode that is looked ahead to."""
     block_ids: tuple[int, ...]
     sample: SampleSpec | None
     """None: no token is sampled (the prompt is not done yet)."""
@@ -70,7 +75,8 @@ class Batch:
     co_running: bool
     """Whether the other lane was busy when this batch was made."""
     chunks: tuple[ScheduledChunk, ...]
-    """Never empty; a request occurs at most once, and never in two batches in flight."""
+    """Never empty; a request occurs at most once. It is in two batches in flight only as a decode that is looked ahead
+    to: in a batch of the decode lane, and in the next one with its `PENDING_TOKEN`."""
     ended_request_ids: tuple[str, ...] = ()
     """Requests that ended or lost their blocks since the last batch: what an executor keeps for them is stale."""
 

@@ -126,12 +126,15 @@ class EngineCore:
     def _complete(self, output: BatchOutput, now_ns: int, events: list[EngineEvent]) -> None:
         batch = self._scheduler.in_flight.get(output.lane)
         assert batch is not None and batch.batch_id == output.batch_id, f"unexpected {output}"
-        self._scheduler.batch_done(output)
+        still_flying = self._scheduler.batch_done(output)
         self._num_batches[output.lane] += 1
         samples = {sample.request_id: sample for sample in output.samples}
         for chunk in batch.chunks:
-            request = self._requests[chunk.request_id]
-            request.in_flight = False
+            request = self._requests.get(chunk.request_id)
+            if request is None:  # it ended with a token that was not known when this batch was made
+                self._scheduler.drained(chunk.request_id)
+                continue
+            request.in_flight = chunk.request_id in still_flying
             if output.error is not None:
                 self._finish(request, FinishReason.ERROR, now_ns, events, output.error)
             else:

@@ -122,6 +122,7 @@ class Request:
     prefill_target: int = 0
     """Tokens to compute before the next one is sampled: prompt, plus output so far after a preemption."""
     in_flight: bool = False
+    """Whether a batch with it is in flight; there may be two, if the scheduler looked ahead."""
     num_preemptions: int = 0
     first_work_class: WorkClass | None = None
     """What it was when it was admitted first; for statistics."""

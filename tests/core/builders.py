@@ -102,13 +102,18 @@ def cost_model(**values: Any) -> CostModel:
     return CostModel(device_profile(**values), model_shape())
 
 
-def simulated(num_blocks: int = 64, block_size: int = 4) -> SimulatedExecutor:
-    return SimulatedExecutor(cost_model(), num_blocks=num_blocks, block_size=block_size, vocabulary=range(100, 120))
+def simulated(num_blocks: int = 64, block_size: int = 4, lookahead: int = 1) -> SimulatedExecutor:
+    return SimulatedExecutor(
+        cost_model(), num_blocks=num_blocks, block_size=block_size, vocabulary=range(100, 120), lookahead=lookahead
+    )
 
 
 def virtual(**values: Any) -> VirtualDriver:
     engine = core(**values)
-    return VirtualDriver(engine, simulated(engine.config.num_blocks, engine.config.block_size))
+    values_of = engine.config
+    return VirtualDriver(
+        engine, simulated(values_of.num_blocks, values_of.block_size, lookahead=values_of.decode_lookahead)
+    )
 
 
 def submit(

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from agentserve.config import CONTROLLERS, PREFILL_ORDERS, SCHEDULERS, SLOTS, ControlConfig
-from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
+from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, EndRequest, RequestFinished, TokenGenerated
-from agentserve.core.request import FinishReason
-from tests.core.builders import core, submit
+from agentserve.core.events import Command, EndRequest, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.request import FinishReason, SamplingParams
+from tests.core.builders import core
 
 WAYS = [
     {"control": ControlConfig(controller=controller, slots=slots)} for controller in CONTROLLERS for slots in SLOTS
@@ -24,8 +24,8 @@ WAYS = [
 class EngineMachine(RuleBasedStateMachine):
     """A tiny pool (10 blocks of 4), so that exhaustion and preemption happen all the time."""
 
-    @initialize(way=st.sampled_from(WAYS), order=st.sampled_from(PREFILL_ORDERS))
-    def build(self, way: dict[str, Any], order: str) -> None:
+    @initialize(way=st.sampled_from(WAYS), order=st.sampled_from(PREFILL_ORDERS), lookahead=st.sampled_from([1, 2]))
+    def build(self, way: dict[str, Any], order: str, lookahead: int) -> None:
         self.core = core(
             num_blocks=10,
             max_model_len=40,
@@ -35,6 +35,7 @@ class EngineMachine(RuleBasedStateMachine):
             resume_min_cached_tokens=4,
             max_num_batched_tokens=20,
             prefill_order=order,
+            decode_lookahead=lookahead,
             **way,
         )
 
@@ -46,7 +47,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.ended: dict[str, FinishReason] = {}
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.texts: dict[str, list[int]] = {}
-        self.flying: dict[Lane, Batch] = {}
+        self.flying: dict[Lane, list[Batch]] = {}
         self.commands: list[Command] = []
 
     def step(self, outputs: list[BatchOutput]) -> None:
@@ -66,12 +67,25 @@ class EngineMachine(RuleBasedStateMachine):
                 assert event.output_index == len(self.texts[event.request_id])
                 self.texts[event.request_id].append(event.sample.token_id)
         for batch in result.batches:
-            assert batch.lane not in self.flying
-            self.flying[batch.lane] = batch
+            before = self.flying.setdefault(batch.lane, [])
+            assert len(before) < (self.core.config.decode_lookahead if batch.lane is Lane.DECODE else 1)
+            sampling = {c.request_id: c.end for b in before for c in b.chunks if c.sample is not None}
+            elsewhere = {
+                c.request_id for lane, bs in self.flying.items() if lane is not batch.lane for b in bs for c in b.chunks
+            }
+            before.append(batch)
             for chunk in batch.chunks:
                 known = (*self.prompts[chunk.request_id], *self.texts[chunk.request_id])
-                assert chunk.token_ids == known[chunk.start : chunk.end]
+                if chunk.token_ids == (PENDING_TOKEN,):
+                    assert chunk.start == sampling[chunk.request_id] == len(known)
+                else:
+                    assert chunk.request_id not in sampling
+                    assert chunk.token_ids == known[chunk.start : chunk.end]
+                assert chunk.request_id not in elsewhere
                 assert len(chunk.block_ids) == -(-chunk.end // 4)
+            if len(before) == 2:
+                writes = [set(c.block_ids[c.start // 4 :]) for c in batch.chunks]
+                assert sum(map(len, writes)) == len(set().union(*writes)), "two requests write to one block"
 
     # Prompts are taken from few texts, so prefixes are shared and arrive together.
     @rule(
@@ -79,16 +93,29 @@ class EngineMachine(RuleBasedStateMachine):
         length=st.integers(0, 44),
         own=st.integers(0, 3),
         max_tokens=st.integers(1, 20),
+        stops=st.sampled_from([(), (), (1,)]),
+        presence=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
         priority=st.sampled_from([0, 0, 0, -1]),
         salt=st.sampled_from([None, None, "s"]),
     )
-    def submit(self, base: int, length: int, own: int, max_tokens: int, priority: int, salt: str | None) -> None:
+    def submit(
+        self,
+        base: int,
+        length: int,
+        own: int,
+        max_tokens: int,
+        stops: tuple[int, ...],
+        presence: float,
+        priority: int,
+        salt: str | None,
+    ) -> None:
         name = f"r{self.num_submitted}"
         self.num_submitted += 1
         prompt = tuple(base * 100 + i for i in range(length)) + tuple(range(900, 900 + own))
         self.alive.add(name)
         self.prompts[name], self.texts[name] = prompt, []
-        self.commands.append(submit(name, prompt, max_tokens=max_tokens, priority=priority, cache_salt=salt))
+        params = SamplingParams(max_tokens, temperature=0.0, stop_token_ids=stops, presence_penalty=presence)
+        self.commands.append(SubmitRequest(name, prompt, params, priority=priority, cache_salt=salt))
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), reason=st.sampled_from([FinishReason.CANCELLED, FinishReason.STOP]))
@@ -100,15 +127,15 @@ class EngineMachine(RuleBasedStateMachine):
     def only_commands(self) -> None:
         self.step([])
 
-    @precondition(lambda self: self.flying)
+    @precondition(lambda self: any(self.flying.values()))
     @rule(data=st.data(), fails=st.sampled_from([False] * 9 + [True]), took_ns=st.sampled_from([1, 10**6, 10**8]))
     def complete(self, data: st.DataObject, fails: bool, took_ns: int) -> None:
         started_ns, self.now_ns = self.now_ns, self.now_ns + took_ns
-        lanes = data.draw(st.permutations(sorted(self.flying)))
+        lanes = data.draw(st.permutations(sorted(lane for lane, batches in self.flying.items() if batches)))
         lanes = lanes[: data.draw(st.integers(1, len(lanes)))]
         outputs = []
         for lane in lanes:
-            batch = self.flying.pop(lane)
+            batch = self.flying[lane].pop(0)
             samples = tuple(
                 # Two possible tokens: outputs of different requests become prefixes of others.
                 TokenSample(chunk.request_id, chunk.end % 2)
@@ -129,7 +156,7 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "core"):
             return  # hypothesis gave up before the first rule
         for _ in range(2000):
-            if not (self.alive or self.flying or self.commands):
+            if not (self.alive or any(self.flying.values()) or self.commands):
                 break
             outputs = [
                 BatchOutput(
@@ -139,9 +166,10 @@ class EngineMachine(RuleBasedStateMachine):
                     self.now_ns + 1,
                     tuple(TokenSample(c.request_id, c.end % 2) for c in batch.chunks if c.sample),
                 )
-                for lane, batch in self.flying.items()
+                for lane, batches in self.flying.items()
+                if batches
+                for batch in [batches.pop(0)]
             ]
-            self.flying.clear()
             self.step(outputs)
         assert not self.alive, f"never ended: {sorted(self.alive)}"
         assert set(self.ended) == set(self.prompts)

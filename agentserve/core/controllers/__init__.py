@@ -31,6 +31,8 @@ class ControlSignal:
     """When the request arrived that has waited longest for its first token; None without one."""
     decode_running_ns: int | None = None
     """How long the batch of the decode lane has been running; None if that lane is idle."""
+    decode_is_ahead: bool = False
+    """Whether another batch of that lane is to follow at once."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,11 +175,11 @@ class PredictiveController:
         return num_tokens * 1e9 / self._predict(shape, Lane.PREFILL, partition, True)
 
     def _delayed(self, signal: ControlSignal, rate: float, num_tokens: int) -> float:
-        """The rate of prompts that ride with the decodes, given that they must wait for the batch that is running."""
+        """The rate of prompts that ride with the decodes, given that they wait for what runs there now."""
         if signal.decode_running_ns is None:
             return rate
         batch_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
-        wait_ns = max(0.0, batch_ns - signal.decode_running_ns)
+        wait_ns = max(0.0, batch_ns - signal.decode_running_ns) + (batch_ns if signal.decode_is_ahead else 0.0)
         return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens else rate
 
     def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:

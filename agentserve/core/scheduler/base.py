@@ -1,16 +1,17 @@
 """What every scheduler does: admission, memory pressure, chunks, and the books of the lanes.
 
-Each lane has at most one batch in flight. What goes into the batches is what schedulers differ in: `lanes.py` is ours,
-`baselines.py` has the others.
+Each lane has at most one batch in flight, the decode lane two if it looks ahead. What goes into the batches is what
+schedulers differ in: `lanes.py` is ours, `baselines.py` has the others.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import replace
 
 from agentserve.config import EngineConfig
-from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
+from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
 from agentserve.core.classify import classify
 from agentserve.core.controllers import Controller, Decision
 from agentserve.core.events import BatchScheduled, EngineEvent, RequestAdmitted, RequestPreempted
@@ -34,6 +35,11 @@ class Scheduler(ABC):
         self.waiting = RankedQueue()
         self.running = RankedQueue()
         self.in_flight: dict[Lane, Batch] = {}
+        """The batch that each busy lane is running."""
+        self.ahead: Batch | None = None
+        """The batch that the decode lane runs after that one, if the scheduler looks ahead."""
+        self._draining: set[str] = set()
+        """Requests that have ended but are in the batch `ahead`, which still writes to their blocks."""
         self.decision: Decision | None = None
         """How the device is shared at present, if a controller decides that."""
         self._observer = LaneObserver()
@@ -55,18 +61,36 @@ class Scheduler(ABC):
         if self._waits_for:
             self._waits_for = {w: owner for w, owner in self._waits_for.items() if owner != owner_id}
 
-    def batch_done(self, output: BatchOutput) -> None:
-        """Frees the lane of a batch that is done, and tells the controller what became of it."""
+    def batch_done(self, output: BatchOutput) -> frozenset[str]:
+        """Takes a batch that is done out of its lane, and tells the controller what became of it.
+
+        Returns the requests of the batch that follows it in the lane, if one was made ahead: they stay in flight.
+        """
         batch = self.in_flight.pop(output.lane)
         observation = self._observer.finished(batch, output)
+        still_flying: frozenset[str] = frozenset()
+        if output.lane is Lane.DECODE and self.ahead is not None:
+            self.in_flight[Lane.DECODE] = self.ahead
+            self._observer.started(self.ahead, output.finished_ns)
+            self.ahead = None
+            still_flying = frozenset(chunk.request_id for chunk in self.in_flight[Lane.DECODE].chunks)
         if output.error is None and self._controller is not None:
             self._controller.observe(observation)
+        return still_flying
+
+    def drained(self, request_id: str) -> None:
+        """A batch is done that was made for a request before it ended."""
+        self._draining.remove(request_id)
+        self._give_back(request_id)
 
     def drop(self, request: Request) -> None:
-        """Takes a request that ends out of its queue and gives its blocks back."""
+        """Takes a request that ends out of its queue and gives its blocks back, as soon as nobody writes to them."""
         if request.status is RequestStatus.RUNNING:
             self.running.remove(request)
-            self._release(request)
+            if request.in_flight:
+                self._draining.add(request.request_id)
+            else:
+                self._release(request)
         else:
             self.waiting.remove(request)
             self._waits_for.pop(request.request_id, None)
@@ -85,11 +109,17 @@ class Scheduler(ABC):
 
     def schedule(self, now_ns: int, events: list[EngineEvent]) -> None:
         """Fills the idle lanes. Batches are returned as `BatchScheduled` events."""
-        if len(self.in_flight) == len(Lane):
+        looks_ahead = self._may_look_ahead()
+        if len(self.in_flight) == len(Lane) and not looks_ahead:
             return
         self._admit(now_ns, events)
         if not self.running:
             return
+        self._fill(now_ns, events)
+        if not looks_ahead and self._may_look_ahead():
+            self._fill(now_ns, events)
+
+    def _fill(self, now_ns: int, events: list[EngineEvent]) -> None:
         chunks = self._compose(now_ns, events)
         busy = {lane for lane, lane_chunks in chunks.items() if lane_chunks} | set(self.in_flight)
         co_running = len(busy) == len(Lane)
@@ -107,8 +137,11 @@ class Scheduler(ABC):
             )
             self._ended.clear()
             self._num_batches += 1
-            self.in_flight[lane] = batch
-            self._observer.started(batch, now_ns)
+            if lane in self.in_flight:
+                self.ahead = batch
+            else:
+                self.in_flight[lane] = batch
+                self._observer.started(batch, now_ns)
             events.append(BatchScheduled(now_ns, batch))
 
     def _admit(self, now_ns: int, events: list[EngineEvent]) -> None:
@@ -119,7 +152,7 @@ class Scheduler(ABC):
         """
         admitted: list[tuple[Request, int]] = []
         for request in self.waiting:
-            if len(self.running) >= self._config.max_num_seqs:
+            if len(self.running) + len(self._draining) >= self._config.max_num_seqs:
                 break
             if request.request_id in self._waits_for:
                 continue
@@ -173,6 +206,38 @@ class Scheduler(ABC):
                 chunks.append(self._chunk(request, WorkClass.DECODE, 1))
         return chunks
 
+    def _may_look_ahead(self) -> bool:
+        """Whether the decode lane may be given a second batch now.
+
+        Not while it reads a prompt in pieces: the next piece would miss that batch. Not if a sampler has to see tokens
+        that are not known yet.
+        """
+        head = self.in_flight.get(Lane.DECODE)
+        if self._config.decode_lookahead < 2 or self.ahead is not None or head is None:
+            return False
+        return all(chunk.sample is not None and not chunk.sample.params.needs_history for chunk in head.chunks)
+
+    def _continued(self) -> list[ScheduledChunk]:
+        """A chunk for each request of the decode lane's batch whose next token it will sample, if there is room for it.
+
+        Who reaches a limit with that token is left out. Who turns out to have stopped with it computes in vain.
+        """
+        befores = {chunk.request_id: chunk for chunk in self.in_flight[Lane.DECODE].chunks}
+        chunks = []
+        for request in self.running:
+            before = befores.get(request.request_id)
+            if before is None or request.finish_after_flight is not None:
+                continue
+            assert before.sample is not None
+            index = before.sample.output_index + 1
+            # With the token that is being sampled there are `before.end + 1`.
+            if index >= request.sampling.max_tokens or before.end + 1 >= self._config.max_model_len:
+                continue
+            if self._memory.extend(request.request_id, before.end + 1):
+                spec = replace(before.sample, output_index=index)
+                chunks.append(self._make_chunk(request, WorkClass.DECODE, before.end, (PENDING_TOKEN,), spec))
+        return chunks
+
     def _prefilling(self) -> list[Request]:
         """Running requests whose prompt has tokens left that are not in flight, the next one first."""
         requests = [r for r in self.running if r.is_prefilling and not r.in_flight]
@@ -219,13 +284,23 @@ class Scheduler(ABC):
                 history=tuple(request.token_ids) if params.needs_history else (),
                 num_prompt_tokens=request.num_prompt_tokens,
             )
+        return self._make_chunk(request, work_class, start, tuple(request.token_ids[start:end]), sample)
+
+    def _make_chunk(
+        self,
+        request: Request,
+        work_class: WorkClass,
+        start: int,
+        token_ids: tuple[int, ...],
+        sample: SampleSpec | None,
+    ) -> ScheduledChunk:
         block_ids = self._memory.block_ids(request.request_id)
-        num_blocks = -(-end // self._config.block_size)
+        num_blocks = -(-(start + len(token_ids)) // self._config.block_size)
         return ScheduledChunk(
             request_id=request.request_id,
             work_class=work_class,
             start=start,
-            token_ids=tuple(request.token_ids[start:end]),
+            token_ids=token_ids,
             block_ids=block_ids if len(block_ids) == num_blocks else block_ids[:num_blocks],
             sample=sample,
         )
@@ -268,14 +343,20 @@ class Scheduler(ABC):
 
     def _release(self, request: Request) -> None:
         assert not request.in_flight, "blocks that a batch may still write to must not be given away"
-        self._memory.free(request.request_id)
-        self._ended.append(request.request_id)
-        self.prefix_moved(request.request_id)
+        self._give_back(request.request_id)
+
+    def _give_back(self, request_id: str) -> None:
+        self._memory.free(request_id)
+        self._ended.append(request_id)
+        self.prefix_moved(request_id)
 
     def check_invariants(self) -> None:
         """Raises AssertionError when the queues, the lanes and the memory disagree."""
         flying = {chunk.request_id for batch in self.in_flight.values() for chunk in batch.chunks}
         assert len(flying) == sum(len(batch.chunks) for batch in self.in_flight.values()), "in two batches"
+        ahead = {chunk.request_id for chunk in self.ahead.chunks} if self.ahead else set()
+        assert not ahead or Lane.DECODE in self.in_flight, "ahead of nothing"
+        flying |= ahead
         for request in self.running:
             assert request.status is RequestStatus.RUNNING, request.request_id
             assert self._memory.holds(request.request_id), f"{request.request_id} runs without blocks"
@@ -286,6 +367,8 @@ class Scheduler(ABC):
             assert not self._memory.holds(request.request_id), f"{request.request_id} waits with blocks"
             assert not request.in_flight, request.request_id
         running_ids = {request.request_id for request in self.running}
-        assert flying <= running_ids, "a batch in flight has a request that does not run"
+        assert flying <= running_ids | self._draining, "a batch in flight has a request that does not run"
+        assert self._draining <= flying - running_ids, "a request drains for no batch"
+        assert all(self._memory.holds(request_id) for request_id in self._draining)
         for waiter, owner in self._waits_for.items():
             assert owner in running_ids, f"{waiter} waits for {owner}, which does not run"

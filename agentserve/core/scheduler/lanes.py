@@ -47,8 +47,9 @@ class LaneScheduler(Scheduler):
         short, long = self._by_lane(prefilling, decision.resume_budget)
         takes_turns = decision.partition.kind is PartitionKind.WHOLE
         chunks: dict[Lane, list[ScheduledChunk]] = {}
-        if Lane.DECODE not in self.in_flight:
-            decodes = self._decodes(now_ns, events)
+        looks_ahead = self._may_look_ahead()
+        if looks_ahead or Lane.DECODE not in self.in_flight:
+            decodes = [*(self._continued() if looks_ahead else ()), *self._decodes(now_ns, events)]
             # A preemption may have taken blocks away.
             short, long = self._still_running(short), self._still_running(long)
             if takes_turns and (decodes or short) and Lane.PREFILL not in self.in_flight:
@@ -115,4 +116,5 @@ class LaneScheduler(Scheduler):
             riding_start=next((request.num_computed_tokens for request in (*short, *waiting)), 0),
             oldest_prefill_arrival_ns=oldest_ns,
             decode_running_ns=None if decode_since_ns is None else now_ns - decode_since_ns,
+            decode_is_ahead=self.ahead is not None,
         )

@@ -7,6 +7,7 @@ It never pretends: `Capabilities.simulated` is set, and the daemon says so every
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk, TokenSample
@@ -20,8 +21,11 @@ _MIN_OUTPUT, _MAX_OUTPUT = 27, 141  # output lengths of agent turns (AgentServe,
 class SimulatedExecutor:
     """Implements `core.executor.Executor`."""
 
-    def __init__(self, cost_model: CostModel, *, num_blocks: int, block_size: int, vocabulary: Sequence[int]) -> None:
-        """`vocabulary`: the token ids that outputs are made of, cycled through; at least one."""
+    def __init__(
+        self, cost_model: CostModel, *, num_blocks: int, block_size: int, vocabulary: Sequence[int], lookahead: int = 1
+    ) -> None:
+        """`vocabulary`: the token ids that outputs are made of, cycled through; at least one. `lookahead`: batches
+        that may be in flight in a lane."""
         if not vocabulary:
             raise ValueError("the vocabulary is empty")
         self._cost_model = cost_model
@@ -35,9 +39,10 @@ class SimulatedExecutor:
             min_units=device.min_units,
             num_blocks=num_blocks,
             block_size=block_size,
+            lookahead=lookahead,
             simulated=True,
         )
-        self._in_flight: dict[Lane, BatchOutput] = {}
+        self._in_flight: dict[Lane, deque[BatchOutput]] = {lane: deque() for lane in Lane}
         self._closed = False
 
     def capabilities(self) -> Capabilities:
@@ -46,30 +51,32 @@ class SimulatedExecutor:
     def submit(self, batch: Batch, now_ns: int) -> None:
         if self._closed:
             raise RuntimeError("the executor is closed")
-        if batch.lane in self._in_flight:
+        lane = self._in_flight[batch.lane]
+        if len(lane) >= self._capabilities.lookahead:
             raise RuntimeError(f"the {batch.lane} lane is full")
+        started_ns = max(now_ns, lane[-1].finished_ns) if lane else now_ns
         duration_ns = self._cost_model.duration_ns(BatchShape.of(batch), batch.lane, batch.partition, batch.co_running)
         error = self._check_blocks(batch)
         samples = () if error else tuple(self._samples(batch))
-        self._in_flight[batch.lane] = BatchOutput(
-            batch.batch_id, batch.lane, now_ns, now_ns + duration_ns, samples, error
-        )
+        lane.append(BatchOutput(batch.batch_id, batch.lane, started_ns, started_ns + duration_ns, samples, error))
 
     def poll(self, now_ns: int) -> list[BatchOutput]:
-        done = [output for output in self._in_flight.values() if output.finished_ns <= now_ns]
-        for output in done:
-            del self._in_flight[output.lane]
+        done = []
+        for lane in self._in_flight.values():
+            while lane and lane[0].finished_ns <= now_ns:
+                done.append(lane.popleft())
         return sorted(done, key=lambda output: (output.finished_ns, output.batch_id))
 
     def next_completion_ns(self) -> int | None:
-        return min((output.finished_ns for output in self._in_flight.values()), default=None)
+        return min((lane[0].finished_ns for lane in self._in_flight.values() if lane), default=None)
 
     def on_completion(self, wake: Callable[[], None]) -> None:
         """Never calls `wake`: every completion is known beforehand through `next_completion_ns`."""
 
     def close(self) -> None:
         self._closed = True
-        self._in_flight.clear()
+        for lane in self._in_flight.values():
+            lane.clear()
 
     def _check_blocks(self, batch: Batch) -> str | None:
         for chunk in batch.chunks:
