@@ -64,8 +64,18 @@ class PartitionTable:
         return min(self.splits, key=lambda p: (abs(p.decode_units / total - decode_share), -p.decode_units))
 
 
-def build_partition_table(compute_units: int, granularity: int, min_units: int, steps: int = 10) -> PartitionTable:
+def build_partition_table(
+    compute_units: int, granularity: int, min_units: int, steps: int = 10, *, unused_units: int = 0
+) -> PartitionTable:
     """Makes the table: a ladder of about `steps` shares, rounded to what the device can do.
+
+    Args:
+        compute_units: units of the whole device.
+        granularity: the decode side of a split, and a cap, are multiples of it.
+        min_units: the smallest slot.
+        steps: of the ladder.
+        unused_units: units that neither side of a split can have (a GPU may not hand out what a split leaves over).
+            A lane that has the whole device has them, too.
 
     Raises ConfigError for sizes that are not positive or a smallest slot larger than the device.
     """
@@ -73,15 +83,18 @@ def build_partition_table(compute_units: int, granularity: int, min_units: int, 
         raise ConfigError("compute units, granularity, smallest slot and steps must be positive")
     if min_units > compute_units:
         raise ConfigError(f"the smallest slot ({min_units} units) exceeds the device ({compute_units})")
+    if not 0 <= unused_units < compute_units:
+        raise ConfigError(f"{unused_units} unused units on a device with {compute_units}")
     whole = SlotPartition(compute_units, compute_units, PartitionKind.WHOLE)
     stream = SlotPartition(compute_units, compute_units, PartitionKind.STREAM)
+    split_units = compute_units - unused_units
     sizes = []
     for step in range(1, steps):
         wanted = compute_units * step / steps
         units = max(min_units, round(wanted / granularity) * granularity)
         # What is left over may be of any size, but not smaller than the smallest slot.
-        if units <= compute_units - min_units and units not in sizes:
+        if units <= split_units - min_units and units not in sizes:
             sizes.append(units)
-    splits = tuple(SlotPartition(units, compute_units - units, PartitionKind.SPLIT) for units in sizes)
+    splits = tuple(SlotPartition(units, split_units - units, PartitionKind.SPLIT) for units in sizes)
     caps = tuple(SlotPartition(compute_units, units, PartitionKind.CAP) for units in sizes)
     return PartitionTable(whole=whole, stream=stream, splits=splits, caps=caps)

@@ -212,3 +212,24 @@ def test_a_core_that_is_gone_is_an_error_of_the_batch_not_of_the_thread():
         with pytest.raises(OSError, match="Invalid argument"):
             slot.run(multiply)
     device.close()
+
+
+def test_a_launch_is_finished_when_it_returns(device):
+    slot = device.slot(Lane.DECODE, 1)
+    done: list[int] = []
+    fence = slot.launch(lambda: done.append(1))
+    assert done == [1] and fence.done()
+    fence.wait()
+    device.slot(Lane.PREFILL, 1).wait_for(fence)
+    device.synchronize()
+
+    def fail() -> None:
+        raise ValueError("from inside")
+
+    with pytest.raises(ValueError, match="from inside"):
+        slot.launch(fail)
+
+
+def test_memory_of_the_host_is_ordinary_memory(device):
+    assert device.host_empty((2, 3), torch.bfloat16).shape == (2, 3)
+    assert device.unused_units == 0

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from agentserve.core.batch import Lane
 from agentserve.errors import EngineError
+from agentserve.executors.pytorch.devices.interface import Fence, FinishedFence
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     unit_granularity = 1
     min_units = 1
+    unused_units = 0
     lookahead = 1
 
     def __init__(self, cores: Sequence[int] | None = None) -> None:
@@ -58,6 +60,12 @@ class CpuDevice:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype)
+
+    def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    def synchronize(self) -> None:
+        """See `Device.synchronize`. Work on a CPU is finished when the call returns that does it."""
 
     def close(self) -> None:
         while self._slots:
@@ -91,6 +99,15 @@ class CpuSlot:
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def launch(self, work: Callable[[], None]) -> Fence:
+        """See `Slot.launch`: runs it."""
+        self.run(work)
+        return FinishedFence()
+
+    def wait_for(self, fence: Fence) -> None:
+        """See `Slot.wait_for`."""
+        fence.wait()
 
     def close(self) -> None:
         self._inbox.put(None)
