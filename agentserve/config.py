@@ -17,7 +17,8 @@ from agentserve.errors import ConfigError
 
 SCHEDULERS = ("lanes", "chunked", "prefill-first", "fcfs")
 CONTROLLERS = ("predictive", "reactive", "static")
-SLOTS = ("auto", "stream", "off")
+SLOTS = ("auto", "cap", "stream", "off")
+ATTENTION_BACKENDS = ("mirror", "flashinfer", "triton", "torch")
 PREFILL_ORDERS = ("shortest", "fcfs")
 
 
@@ -27,8 +28,9 @@ class ControlConfig:
 
     controller: str = "predictive"
     slots: str = "auto"
-    """`auto`: every partition that the device has. `stream`: both lanes on the whole device, the hardware shares it.
-    `off`: never two lanes at once, prompts are computed in the batches of the decodes."""
+    """`auto`: every partition that the device has. `cap`: decode has the whole device, prefill a part of it. `stream`:
+    both lanes on the whole device, the hardware shares it. `off`: never two lanes at once, prompts are computed in the
+    batches of the decodes."""
     tpot_target_ns: int | None = None
     """Target time between two tokens of a stream. None until it is known: then twice the isolated time per token."""
     ttft_target_ns: int | None = None
@@ -253,6 +255,13 @@ class ServeConfig:
         "auto", choice("auto", "cpu", "cuda", "simulated"), "what computes; auto takes the best that works here",
         section="device",
     )  # fmt: skip
+    gpu_memory_utilization: float = _option(
+        0.9, share, "share of the GPU's memory that may be used, weights and KV cache together", section="device"
+    )
+    attention_backend: str = _option(
+        "auto", choice("auto", *ATTENTION_BACKENDS), "what computes attention; auto: the fastest that runs here",
+        section="device",
+    )  # fmt: skip
     gpu: str = _option("rtx-5090", str, "GPU whose timing the simulated executor has", section="device")
     profile: str | None = _option(
         None, str, "profile of the device, written by `agentserve profile`; without it a real device is measured "
@@ -297,7 +306,8 @@ class ServeConfig:
         "predictive", section="controller",
     )  # fmt: skip
     slots: str | None = _option(
-        None, choice(*SLOTS), "auto: all partitions; stream: both lanes on everything; off: lanes take turns",
+        None, choice(*SLOTS, "green"), "auto: all partitions that there are; green: the same, but no start without "
+        "Green Contexts; cap: only prefill is confined; stream: both lanes on everything; off: lanes take turns",
         section="controller",
     )  # fmt: skip
     tpot_target_ms: float | None = _option(

@@ -21,7 +21,7 @@ from agentserve.build import build_executor
 from agentserve.config import ServeConfig
 from agentserve.core.batch import Lane
 from agentserve.core.costmodel import Sample
-from agentserve.core.slots import PartitionTable, SlotPartition, build_partition_table
+from agentserve.core.slots import PartitionTable, SlotPartition
 from agentserve.runtime.calibration import measure
 from agentserve.runtime.calibration_grid import Case, Grid, Load
 from bench.load.results import conditions
@@ -42,7 +42,7 @@ def main() -> int:
     target = build_executor(ServeConfig(model=arguments.model, dtype=arguments.dtype), console.print)
     try:
         capabilities = target.executor.capabilities()
-        table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
+        table = capabilities.partition_table()
         cases = tuple(case for batch in _BATCHES for case in _cases(table, batch))
         grid = Grid(target.limits, cases, _CONTEXT, arguments.rounds, 5, 20, 500_000_000)
         samples = measure(target.executor, grid)

@@ -92,6 +92,7 @@ def _assemble(
         compute_units=capabilities.compute_units,
         unit_granularity=capabilities.unit_granularity,
         min_units=capabilities.min_units,
+        unused_units=capabilities.unused_units,
         model=name,
         executor=capabilities.name,
         device=parts.profile,
@@ -151,5 +152,5 @@ def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measur
     except BaseException:
         parts.executor.close()
         raise
-    sheet = parts.profile or device_sheet(capabilities)
+    sheet = parts.profile or parts.sheet or device_sheet(capabilities)
     return Measurable(parts.executor, limits, name, parts.model_shape, parts.dtype, sheet, parts.notes)

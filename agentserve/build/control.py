@@ -13,7 +13,6 @@ from agentserve.config import ControlConfig, ServeConfig
 from agentserve.core.controllers.factory import TARGET_FACTOR
 from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
-from agentserve.core.slots import build_partition_table
 from agentserve.errors import ConfigError
 from agentserve.profiles.sheets import cpu_sheet
 from agentserve.runtime.calibration import calibrate, measure_isolated_tpot_ns
@@ -36,7 +35,7 @@ def calibrated(header: Header, parts: Parts, report: Callable[[str], None]) -> H
     device = header.device
     if device is None and control.controller == "predictive":
         report("measuring the device for the predictive controller, a few seconds (--profile FILE does without)")
-        device = _measured(executor, limits, parts.model_shape)
+        device = _measured(executor, limits, parts.model_shape, parts.sheet)
     if control.tpot_target_ns is None:
         isolated_ns = measure_isolated_tpot_ns(executor, limits)
         control = replace(control, tpot_target_ns=TARGET_FACTOR * isolated_ns)
@@ -47,12 +46,12 @@ def calibrated(header: Header, parts: Parts, report: Callable[[str], None]) -> H
     return replace(header, device=device, config=replace(config, control=control))
 
 
-def _measured(executor: Executor, limits: Limits, shape: ModelShape) -> DeviceProfile:
+def _measured(executor: Executor, limits: Limits, shape: ModelShape, sheet: DeviceProfile | None) -> DeviceProfile:
     capabilities = executor.capabilities()
-    table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
-    sheet = device_sheet(capabilities)
+    table = capabilities.partition_table()
+    start = sheet or device_sheet(capabilities)
     fit = calibrate(
-        executor, Grid.quick(table, limits), sheet, shape, provenance="measured: quickly, when the daemon started"
+        executor, Grid.quick(table, limits), start, shape, provenance="measured: quickly, when the daemon started"
     )
     logger.debug("the fit of the device's profile:\n%s", fit)
     return replace(fit.profile, contention=_hopeful(fit.profile.contention))
@@ -81,7 +80,8 @@ def control_config(config: ServeConfig) -> ControlConfig:
                 raise ConfigError(f"{option} needs --scheduler lanes: {config.scheduler} has no controller")
     return ControlConfig(
         controller=config.controller or "predictive",
-        slots=config.slots or "auto",
+        # Where there are Green Contexts, they are what the table is made of.
+        slots="auto" if config.slots in {None, "green"} else config.slots,
         tpot_target_ns=_nanoseconds(config.tpot_target_ms),
         ttft_target_ns=_nanoseconds(config.ttft_target_ms),
         decode_share=config.decode_share,

@@ -97,12 +97,11 @@ def _check_writable(out: Path, force: bool) -> None:
 
 
 def _measure(target: Measurable, quick: bool, name: str, console: Console) -> FitReport:
-    from agentserve.core.slots import build_partition_table
     from agentserve.runtime.calibration import calibrate
     from agentserve.runtime.calibration_grid import Grid
 
     capabilities = target.executor.capabilities()
-    table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
+    table = capabilities.partition_table()
     grid = (Grid.quick if quick else Grid.full)(table, target.limits)
     sheet = dataclasses.replace(target.sheet, name=name)
     if not capabilities.simulated:

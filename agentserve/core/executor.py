@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from agentserve.core.batch import Batch, BatchOutput
+from agentserve.core.slots import PartitionTable, build_partition_table
 
 
 class Tier(StrEnum):
@@ -38,10 +39,18 @@ class Capabilities:
     block_size: int
     """Tokens in a block."""
     tiers: tuple[Tier, ...] = (Tier.DEVICE,)
+    unused_units: int = 0
+    """Units that neither side of a split can have; see `build_partition_table`."""
     lookahead: int = 1
     """Batches that may be in flight in one lane."""
     simulated: bool = False
     """Durations are computed and tokens are synthetic."""
+
+    def partition_table(self) -> PartitionTable:
+        """The ways to share this device."""
+        return build_partition_table(
+            self.compute_units, self.unit_granularity, self.min_units, unused_units=self.unused_units
+        )
 
 
 class Executor(Protocol):

@@ -63,6 +63,13 @@ class PartitionTable:
         total = self.whole.decode_units
         return min(self.splits, key=lambda p: (abs(p.decode_units / total - decode_share), -p.decode_units))
 
+    def cap_nearest(self, prefill_share: float) -> SlotPartition:
+        """The cap whose share for prefill is nearest (the smaller one in a tie); `stream` if there is none."""
+        if not self.caps:
+            return self.stream
+        total = self.whole.prefill_units
+        return min(self.caps, key=lambda p: (abs(p.prefill_units / total - prefill_share), p.prefill_units))
+
 
 def build_partition_table(
     compute_units: int, granularity: int, min_units: int, steps: int = 10, *, unused_units: int = 0

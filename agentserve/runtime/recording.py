@@ -40,6 +40,7 @@ class Header:
     device: DeviceProfile | None = None
     """With `model_shape`: the cost model that a controller asks. None for controllers that need none."""
     model_shape: ModelShape | None = None
+    unused_units: int = 0
     version: int = FORMAT_VERSION
 
 

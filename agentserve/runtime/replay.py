@@ -33,7 +33,9 @@ class ReplayReport:
 def build_core(header: Header) -> EngineCore:
     """An engine core as the header describes it. The daemon builds its own through this, too."""
     config = header.config
-    table = build_partition_table(header.compute_units, header.unit_granularity, header.min_units)
+    table = build_partition_table(
+        header.compute_units, header.unit_granularity, header.min_units, unused_units=header.unused_units
+    )
     cost_model = None
     if header.device is not None and header.model_shape is not None:
         cost_model = CostModel(header.device, header.model_shape)

@@ -31,6 +31,8 @@ MEASURES = (
 )
 """What is plotted against the number of agents, and the labels of its axes. The time between tokens is vLLM's ITL: the
 paper's TPOT, whose percentiles are taken over tokens, not over answers."""
+TOLERANCE = 0.10
+"""A difference by this fraction is none."""
 ABLATION_MEASURES = (
     ("ttft_cold_p50_ms", "cold TTFT, p50"),
     ("tpot_p95_ms", "time between tokens, p95"),
@@ -175,7 +177,9 @@ def controllers(source: Source) -> Figure | None:
     """The table that says whether the predictive controller is ever worse than the simpler ways to share the device.
 
     A panel is a row: workload, number of agents, and for each measure the predictive controller's value, the best of
-    the others, which one that was, and by which fraction the predictive one is worse (negative: better).
+    the others, which one that was, and by which fraction the predictive one is worse (negative: better). The best of
+    each measure may be another one each time, so `beaten_by` has those that are better by more than the tolerance in
+    one measure and not worse by more than that in any.
     """
     panels = []
     for run in source.runs:
@@ -192,8 +196,18 @@ def controllers(source: Source) -> Figure | None:
         row: Figure = {"workload": run.workload, "num_agents": run.num_agents}
         for name, _ in ABLATION_MEASURES:
             row[name] = _against_best(name, mine[name], {key: values[name] for key, values in others.items()})
+        row["beaten_by"] = [key for key, values in others.items() if _beats(values, mine)]
         panels.append(row)
     return _figure("controllers", source, panels)
+
+
+def _beats(theirs: Mapping[str, float | None], mine: Mapping[str, float | None]) -> bool:
+    gains = []
+    for name, _ in ABLATION_MEASURES:
+        their, my = theirs[name], mine[name]
+        if their and my:
+            gains.append(their / my if name.endswith("_per_s") else my / their)
+    return any(gain > 1.0 + TOLERANCE for gain in gains) and all(gain * (1.0 + TOLERANCE) >= 1.0 for gain in gains)
 
 
 def _against_best(name: str, mine: float | None, others: Mapping[str, float | None]) -> Figure | None:

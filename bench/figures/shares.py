@@ -16,7 +16,7 @@ from agentserve.build import build_executor
 from agentserve.config import ServeConfig, resolve
 from agentserve.core.batch import Lane
 from agentserve.core.costmodel import BatchShape, Sample
-from agentserve.core.slots import PartitionKind, SlotPartition, build_partition_table
+from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 from agentserve.errors import ConfigError, WorkloadError
 from agentserve.runtime.calibration import measure
 from agentserve.runtime.calibration_grid import Case, Grid, Limits, Load
@@ -63,22 +63,29 @@ def measure_samples(options: Sequence[str], report: Callable[[str], None]) -> tu
     target = build_executor(_serve_config(options), report)
     try:
         capabilities = target.executor.capabilities()
-        table = build_partition_table(capabilities.compute_units, capabilities.unit_granularity, capabilities.min_units)
-        by_units = {p.decode_units: p for p in table.splits} | {p.prefill_units: p for p in table.splits}
-        cases = []
-        for partition in (*by_units.values(), table.whole):
-            for work, _, shape in _CASES:
-                load = _load(work, shape, target.limits)
-                is_decode = work == "decode"
-                cases.append(Case(partition, decode=load if is_decode else None, prefill=None if is_decode else load))
+        table = capabilities.partition_table()
         # Twice there and back, at least three batches each time: the medians of six or more.
-        grid = Grid(target.limits, tuple(dict.fromkeys(cases)), target.limits.context(_CONTEXT_TOKENS), 2, 3, 8, 10**9)
+        grid = Grid(
+            target.limits, share_cases(table, target.limits), target.limits.context(_CONTEXT_TOKENS), 2, 3, 8, 10**9
+        )
         report(f"measuring {target.model_name} on {capabilities.device}: {len(grid.cases)} cases")
         return f"measured: {target.model_name} ({target.dtype}) on {capabilities.device}", measure(
             target.executor, grid
         )
     finally:
         target.executor.close()
+
+
+def share_cases(table: PartitionTable, limits: Limits) -> tuple[Case, ...]:
+    """The batches of the figure, each alone in its lane, on every size of slot."""
+    by_units = {p.decode_units: p for p in table.splits} | {p.prefill_units: p for p in table.splits}
+    cases = []
+    for partition in (*by_units.values(), table.whole):
+        for work, _, shape in _CASES:
+            load = _load(work, shape, limits)
+            is_decode = work == "decode"
+            cases.append(Case(partition, decode=load if is_decode else None, prefill=None if is_decode else load))
+    return tuple(dict.fromkeys(cases))
 
 
 def _serve_config(options: Sequence[str]) -> ServeConfig:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.figures.data import ABLATION_MEASURES, Figure
+from bench.figures.data import ABLATION_MEASURES, TOLERANCE, Figure
 from bench.figures.variants import VARIANTS
-
-TOLERANCE = 0.10
-"""The predictive controller may be worse than the best of the others by this fraction."""
 
 
 def controllers(figure: Figure) -> str:
     """The table of `bench.figures.data.controllers`; a cell that breaks the rule is bold."""
     rows = [f"{figure['conditions']}", ""]
     heads = [f"{label}{'' if name.endswith('_per_s') else ', ms'}" for name, label in ABLATION_MEASURES]
-    rows.append("| workload | agents | " + " | ".join(heads) + " |")
-    rows.append("|---|---|" + "---|" * len(heads))
+    rows.append("| workload | agents | " + " | ".join(heads) + " | beaten by |")
+    rows.append("|---|---|" + "---|" * (len(heads) + 1))
     for panel in figure["panels"]:
         cells = [_cell(panel[name]) for name, _ in ABLATION_MEASURES]
-        rows.append(f"| {panel['workload']} | {panel['num_agents']} | " + " | ".join(cells) + " |")
+        beaten_by = ", ".join(VARIANTS[key].label for key in panel["beaten_by"]) or "none"
+        rows.append(f"| {panel['workload']} | {panel['num_agents']} | " + " | ".join(cells) + f" | {beaten_by} |")
     rows += [
         "",
-        f"Each cell: predictive / best of the others (which one), difference; bold: worse by over {TOLERANCE:.0%}.",
+        f"Each cell: predictive / best of the others (which one), difference; bold: worse by over {TOLERANCE:.0%}. The "
+        f"best is another one in each column. Beaten by: who is better by over {TOLERANCE:.0%} in one column and not "
+        "worse by more than that in any.",
     ]
     return "\n".join(rows) + "\n"
 

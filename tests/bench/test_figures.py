@@ -135,9 +135,13 @@ def test_controllers_are_compared_with_the_best_of_the_others() -> None:
     table = controllers(figure).splitlines()
     assert table[4] == (
         "| react | 4 | 120.0 / 100.0 (chunked (512)), **-20%** | 10.0 / 8.0 (static split), **-25%** "
-        "| 21.4 / 18.8 (chunked (512)), +12% |"
+        "| 21.4 / 18.8 (chunked (512)), +12% | none |"
     )
     assert data.controllers(source(*runs[:-1])) is None
+    # Each of the three is worse than ours in something. One that is not:
+    runs[1] = run("static", 4, 125, 8)
+    better = data.controllers(source(*runs))
+    assert better is not None and better["panels"][0]["beaten_by"] == ["static"]
 
 
 def timeline_run(key: str, setting: str = "default", num_agents: int = 3) -> Run:

@@ -58,7 +58,12 @@ def observation(
 
 @pytest.mark.parametrize(
     ("slots", "kind"),
-    [("auto", PartitionKind.SPLIT), ("stream", PartitionKind.STREAM), ("off", PartitionKind.WHOLE)],
+    [
+        ("auto", PartitionKind.SPLIT),
+        ("cap", PartitionKind.CAP),
+        ("stream", PartitionKind.STREAM),
+        ("off", PartitionKind.WHOLE),
+    ],
 )
 def test_static_keeps_what_it_was_told(slots: str, kind: PartitionKind) -> None:
     controller = make("static", slots=slots, decode_share=0.25)
@@ -128,6 +133,13 @@ def test_reactive_comes_to_rest_under_a_constant_signal(gap_ns: int) -> None:
     assert units in (sorted(units), sorted(units, reverse=True)), "it oscillates"
 
 
+def test_reactive_with_caps_leaves_prefill_less_when_tokens_are_slow() -> None:
+    decisions = react([25 * MS] * 3, slots="cap")
+    assert {decision.partition.kind for decision in decisions} == {PartitionKind.CAP}
+    left = [decision.partition.prefill_units for decision in decisions]
+    assert left == [4, 3, 2, 1]  # half of 8 units at first
+
+
 def test_reactive_without_slots_moves_only_the_budget() -> None:
     for slots, kind in (("stream", PartitionKind.STREAM), ("off", PartitionKind.WHOLE)):
         decisions = react([25 * MS] * 3, slots=slots)
@@ -194,7 +206,11 @@ def test_a_resume_rides_with_the_decodes_while_the_prefill_lane_has_work_of_its_
 
 @pytest.mark.parametrize(
     ("slots", "kinds"),
-    [("off", {PartitionKind.WHOLE}), ("stream", {PartitionKind.WHOLE, PartitionKind.STREAM})],
+    [
+        ("off", {PartitionKind.WHOLE}),
+        ("stream", {PartitionKind.WHOLE, PartitionKind.STREAM}),
+        ("cap", {PartitionKind.WHOLE, PartitionKind.CAP}),
+    ],
 )
 def test_predictive_uses_only_the_slots_that_are_allowed(slots: str, kinds: set[PartitionKind]) -> None:
     options = predictive(slots=slots).options(signal())

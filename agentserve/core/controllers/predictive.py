@@ -62,6 +62,7 @@ class PredictiveController:
         slots = config.control.slots
         self._shared = {
             "auto": (*table.splits, *table.caps, table.stream),
+            "cap": table.caps or (table.stream,),
             "stream": (table.stream,),
             "off": (),
         }[slots]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from agentserve.config import EngineConfig
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
-from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
+from agentserve.core.slots import PartitionTable, SlotPartition
 
 
 class ReactiveController:
@@ -21,10 +21,10 @@ class ReactiveController:
         self._target_ns = tpot_target_ns
         self._ladder = reservations(config, table)
         # The entry nearest to the share that the user names; the larger reservation in a tie.
-        wanted = config.control.decode_share * table.whole.decode_units
-        self._level = min(
-            range(len(self._ladder)), key=lambda i: (abs(self._ladder[i].decode_units - wanted), -i)
-        )  # fmt: skip
+        total = table.whole.prefill_units
+        reserved = [total - entry.prefill_units for entry in self._ladder]
+        wanted = config.control.decode_share * total
+        self._level = min(range(len(reserved)), key=lambda i: (abs(reserved[i] - wanted), -i))
         self._budget = min(max(config.resume_budget, self._control.min_resume_budget), self._control.max_resume_budget)
         self._sum_ns = 0
         self._num_gaps = 0
@@ -58,7 +58,8 @@ def reservations(config: EngineConfig, table: PartitionTable) -> tuple[SlotParti
     """Partitions by rising reservation for decode, as far as `control.slots` allows."""
     if config.control.slots == "stream":
         return (table.stream,)
+    if config.control.slots == "cap" and table.caps:
+        return table.caps[::-1]  # the less prefill has, the more is left for decode
     if config.control.slots == "off" or not table.splits:
         return (table.whole,)
-    assert all(partition.kind is PartitionKind.SPLIT for partition in table.splits)
     return table.splits

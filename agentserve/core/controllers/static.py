@@ -24,6 +24,7 @@ def static_decision(config: EngineConfig, table: PartitionTable) -> Decision:
     """The decision that the configuration describes."""
     partition = {
         "auto": table.split_nearest(config.control.decode_share),
+        "cap": table.cap_nearest(1.0 - config.control.decode_share),
         "stream": table.stream,
         "off": table.whole,
     }[config.control.slots]
