@@ -178,6 +178,15 @@ def test_predictive_takes_turns_when_that_is_better_than_a_split() -> None:
     assert predictive(tpot_target_ns=12 * MS).decide(signal()).partition.kind is not PartitionKind.WHOLE
 
 
+def test_a_target_that_is_lost_anyway_does_not_stop_the_prompts() -> None:
+    # Eight decodes at 8,000 tokens take 8 ms for the weights and 64 ms for their keys, of a target of 20 ms.
+    at = signal(decodes=8, context=8000)
+    controller = predictive()
+    tpot_ns, rate = predicted(controller, controller.decide(at), at)
+    fastest = max(option.prefill_rate for option in controller.options(at) if option.tpot_ns <= 1.4 * 72 * MS)
+    assert tpot_ns <= 1.4 * 72 * MS and rate == fastest
+
+
 def test_predictive_gives_everything_to_prefill_when_nobody_decodes() -> None:
     decision = predictive().decide(signal(decodes=0))
     assert decision.partition.kind is PartitionKind.WHOLE

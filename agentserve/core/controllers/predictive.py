@@ -31,6 +31,8 @@ _FAR_END, _MUCH_BETTER = 6, 1.1
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
 prompts that grows without bound helps nobody's time per token in the end."""
+_LEAST_SLOWDOWN = 1.4
+"""Decodes may always be slowed down this much: a batch that misses the target by itself is no reason to read nothing."""
 _MAX_AGE = 8
 """Decisions for which a plan is kept while the work stays alike."""
 _CONTEXT_STEP = 256
@@ -110,12 +112,13 @@ class PredictiveController:
     def _choose(self, signal: ControlSignal) -> Option:
         options = self.options(signal)
         needed_rate = self._needed_rate(signal)
+        target_ns = self._target_for(signal)
         floor = _MIN_PREFILL_SHARE * self._lone_rate(signal)
         fast_enough = [o for o in options if o.prefill_rate >= floor] or [max(options, key=lambda o: o.prefill_rate)]
 
         def merit(option: Option) -> tuple[float, float]:
             """Smaller is better: by how much a target is missed, then what matters among those that meet it."""
-            missed = max(option.tpot_ns / self._target_ns, 1.0)
+            missed = max(option.tpot_ns / target_ns, 1.0)
             if self._ttft_target_ns is None:
                 return (missed, -option.prefill_rate)
             # In time is early enough: then the smoother stream is the better one.
@@ -129,6 +132,11 @@ class PredictiveController:
         if missed_alike and best.prefill_rate < present.prefill_rate * (1.0 + self._hysteresis):
             return present
         return best
+
+    def _target_for(self, signal: ControlSignal) -> float:
+        """The target, or what prompts may slow these decodes down to in any case, if that is more."""
+        alone_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
+        return max(float(self._target_ns), _LEAST_SLOWDOWN * alone_ns)
 
     def _is_present(self, option: Option) -> bool:
         return self._plan is not None and option.decision.partition == self._plan.decision.partition
