@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from agentserve.models.config import ModelConfig
-from agentserve.models.interface import Attention
+from agentserve.models.interface import Attention, ProjectedAttention, RotaryTables
 from agentserve.models.layers import Linear, RMSNorm, Rotary, Rotation, SelfAttention, SwiGLU
 from agentserve.models.weights import Weights
 
@@ -24,7 +24,7 @@ class DecoderLayer:
     post_attention_norm: RMSNorm
     mlp: SwiGLU
 
-    def __call__(self, hidden: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+    def __call__(self, hidden: Tensor, rotation: Rotation | RotaryTables, attention: Attention) -> Tensor:
         hidden = self.attention(self.input_norm(hidden), rotation, attention, hidden)
         return self.mlp(self.post_attention_norm(hidden), hidden)
 
@@ -55,7 +55,10 @@ class Decoder(ABC):
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """See `DecoderModel.forward`."""
         hidden = functional.embedding(token_ids, self._embedding)
-        rotation = self._rotary.at(positions, self.dtype)
+        if isinstance(attention, ProjectedAttention):
+            rotation: Rotation | RotaryTables = self._rotary.tables(positions)
+        else:
+            rotation = self._rotary.at(positions, self.dtype)
         for layer in self._layers:
             hidden = layer(hidden, rotation, attention)
         return self._norm(hidden)

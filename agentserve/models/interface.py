@@ -6,6 +6,8 @@ It knows nothing of requests, blocks or lanes; `Attention` hides them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -30,6 +32,44 @@ class Attention(Protocol):
             `[num_tokens, num_heads * head_dim]`. Causal: a token sees itself and what comes before it in its sequence.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryTables:
+    """Rotary embedding of a batch, for an attention that applies it; the half-split layout."""
+
+    cos: Tensor
+    """`[max_positions, head_dim / 2]` float32, as is `sin`."""
+    sin: Tensor
+    positions: Tensor
+    """`[num_tokens]` int64"""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNormWeights:
+    """RMSNorm of each head before the rotation (Qwen3)."""
+
+    query: Tensor
+    """`[head_dim]`, as is `key`."""
+    key: Tensor
+    eps: float
+
+
+class ProjectedAttention(ABC):
+    """An `Attention` that takes queries, keys and values as they come from the projection.
+
+    On a GPU one kernel then does what would be half a dozen small ones, each of which takes longer to launch and to
+    start than to run.
+    """
+
+    @abstractmethod
+    def attend_projected(
+        self, layer: int, projected: Tensor, rotary: RotaryTables, head_norm: HeadNormWeights | None
+    ) -> Tensor:
+        """As `attend`, with norm of heads and rotation before it.
+
+        `projected` `[num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]`: queries, keys and values side by side.
+        """
 
 
 class DecoderModel(Protocol):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from agentserve.models.config import ModelConfig, RopeScaling
-from agentserve.models.interface import Attention
+from agentserve.models.interface import Attention, HeadNormWeights, ProjectedAttention, RotaryTables
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]
 """Cosine and signed sine of a batch, each `[num_tokens, 1, head_dim]`."""
@@ -83,6 +83,7 @@ class HeadNorm:
 
     def __init__(self, query: Tensor, key: Tensor, num_heads: int, num_kv_heads: int, eps: float) -> None:
         """`query` and `key` are the two weights, `[head_dim]` each."""
+        self.weights = HeadNormWeights(query, key, eps)
         self._weight = torch.cat([query.expand(num_heads, -1), key.expand(num_kv_heads, -1)])
         self._shape = list(query.shape)
         self._eps = eps
@@ -113,6 +114,10 @@ class Rotary:
         # With the sign in the table, swapping the halves of a head needs no negation.
         both_cos, both_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return both_cos.unsqueeze(1).to(dtype), both_sin.unsqueeze(1).to(dtype)
+
+    def tables(self, positions: Tensor) -> RotaryTables:
+        """The same for an attention that rotates."""
+        return RotaryTables(self._cos, self._sin, positions)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -148,10 +153,15 @@ class SelfAttention:
         self._num_kv_heads = config.num_kv_heads
         self._head_dim = config.head_dim
 
-    def __call__(self, x: Tensor, rotation: Rotation, attention: Attention, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, rotation: Rotation | RotaryTables, attention: Attention, residual: Tensor) -> Tensor:
         """Attention for the rows of `x` `[num_tokens, hidden_size]`, plus `residual`."""
+        projected = self._qkv(x)
+        if isinstance(rotation, RotaryTables):
+            assert isinstance(attention, ProjectedAttention)
+            weights = None if self._head_norm is None else self._head_norm.weights
+            return self._output.plus(attention.attend_projected(self._layer, projected, rotation, weights), residual)
         num_query_key = self._num_heads + self._num_kv_heads
-        heads = self._qkv(x).view(x.shape[0], num_query_key + self._num_kv_heads, self._head_dim)
+        heads = projected.view(x.shape[0], num_query_key + self._num_kv_heads, self._head_dim)
         query_key = heads[:, :num_query_key]
         if self._head_norm is not None:
             query_key = self._head_norm(query_key)

@@ -60,7 +60,8 @@ class SafetensorsWeights:
         _check_shape(str(path), name, tuple(tensor.shape), shape)
         if tensor.dtype not in _FLOATS:
             raise UnsupportedModelError(f"tensor {name!r} of {path} has dtype {tensor.dtype}, which is not supported")
-        return tensor.to(device=self._device, dtype=self._dtype, copy=True)
+        # Straight to the device, where it is nobody else's; on the CPU it is a view of the file.
+        return tensor.to(dtype=self._dtype, copy=self._device.type == "cpu")
 
     def frequency_factors(self) -> Tensor | None:
         return None
@@ -82,7 +83,7 @@ class SafetensorsWeights:
     def _open(self, path: Path) -> Any:
         if path.name not in self._files:
             try:
-                self._files[path.name] = safe_open(path, framework="pt")
+                self._files[path.name] = safe_open(path, framework="pt", device=str(self._device))
             except (OSError, SafetensorError) as error:
                 raise ModelFormatError(f"cannot read {path}: {error}") from error
         return self._files[path.name]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from agentserve.core.clock import VirtualClock
 from tests.contract.harness import BLOCK_SIZE, NUM_BLOCKS, Harness
 from tests.core import builders as core_builders
@@ -13,9 +16,15 @@ def simulated() -> Harness:
     return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE), VirtualClock())
 
 
-def torch_cpu() -> Harness:
+def torch_cpu(**values: Any) -> Harness:
     """The torch executor with a tiny model of random weights."""
-    return torch_harness(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+    return torch_harness(num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, **values)
 
 
-FACTORIES = {"simulated": simulated, "torch-cpu": torch_cpu}
+FACTORIES = {
+    "simulated": simulated,
+    "torch-cpu": torch_cpu,
+    "torch-cpu-lookahead": partial(torch_cpu, lookahead=2),
+    "torch-cpu-paged": partial(torch_cpu, attention="torch"),
+    "torch-cpu-paged-lookahead": partial(torch_cpu, attention="torch", lookahead=2),
+}

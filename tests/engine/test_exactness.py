@@ -59,6 +59,10 @@ class Subject:
     prompts: tuple[tuple[int, ...], ...]
     num_tokens: int
     """Output tokens of each prompt."""
+    attention: str = "auto"
+    """Which attention the executor is to use."""
+    lookahead: int = 1
+    """Batches of the decode lane that may be in flight."""
 
 
 def make_core(executor: Executor, **values: Any) -> EngineCore:
@@ -67,6 +71,7 @@ def make_core(executor: Executor, **values: Any) -> EngineCore:
         "max_model_len": 512,
         "max_num_seqs": NUM_PROMPTS,
         "control": ControlConfig(controller="static"),
+        "decode_lookahead": capabilities.lookahead,
     }
     config = EngineConfig(num_blocks=capabilities.num_blocks, block_size=BLOCK_SIZE, **{**defaults, **values})
     units = capabilities.compute_units
@@ -77,10 +82,12 @@ def make_core(executor: Executor, **values: Any) -> EngineCore:
 def executor_of() -> Iterator[Callable[..., TorchExecutor]]:
     made: list[TorchExecutor] = []
 
-    def make(model: DecoderModel, num_blocks: int = 128) -> TorchExecutor:
+    def make(subject: Subject, num_blocks: int = 128) -> TorchExecutor:
         executor = TorchExecutor(
-            model,
+            subject.model,
             CpuDevice(),
+            attention=subject.attention,
+            lookahead=subject.lookahead,
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             max_num_seqs=NUM_PROMPTS,
@@ -125,7 +132,7 @@ def smollm2() -> Subject:
     return Subject(load_model(source), reference, prompts, num_tokens=48)
 
 
-def tiny(directory: Path, architecture: str) -> Subject:
+def tiny(directory: Path, architecture: str, attention: str, lookahead: int) -> Subject:
     reference = save_tiny_model(directory, architecture, max_position_embeddings=512)
     generator = torch.Generator().manual_seed(1)
     model = load_model(resolve_model(str(directory)))
@@ -133,22 +140,25 @@ def tiny(directory: Path, architecture: str) -> Subject:
         tuple(torch.randint(0, model.config.vocab_size, (20 + 5 * index,), generator=generator).tolist())
         for index in range(NUM_PROMPTS)
     )
-    return Subject(model, reference, prompts, num_tokens=24)
+    return Subject(model, reference, prompts, num_tokens=24, attention=attention, lookahead=lookahead)
 
 
 @pytest.fixture(
     params=[
-        pytest.param("smollm2", marks=[requires_smollm2, pytest.mark.smollm2]),
-        pytest.param("llama"),
-        pytest.param("qwen2"),
-        pytest.param("qwen3"),
+        pytest.param(("smollm2", "mirror", 1), marks=[requires_smollm2, pytest.mark.smollm2], id="smollm2"),
+        pytest.param(("llama", "mirror", 1), id="llama"),
+        pytest.param(("qwen2", "mirror", 2), id="qwen2-lookahead"),
+        pytest.param(("qwen3", "mirror", 1), id="qwen3"),
+        pytest.param(("llama", "torch", 2), id="llama-paged-lookahead"),
+        pytest.param(("qwen3", "torch", 1), id="qwen3-paged"),
     ],
     scope="module",
 )
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    if request.param == "smollm2":
+    architecture, attention, lookahead = request.param
+    if architecture == "smollm2":
         return smollm2()
-    return tiny(tmp_path_factory.mktemp(request.param), request.param)
+    return tiny(tmp_path_factory.mktemp(architecture), architecture, attention, lookahead)
 
 
 def requests_for(prompts: Sequence[tuple[int, ...]], num_tokens: int) -> list[SubmitRequest]:
@@ -169,7 +179,7 @@ def check(subject: Subject, requests: Sequence[SubmitRequest], run: Run) -> None
 
 
 def test_each_alone(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
-    executor = executor_of(subject.model)
+    executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor), executor, requests, apart=True)
     assert all(len(batch.chunks) == 1 for batch in run.batches)
@@ -189,7 +199,7 @@ def test_each_alone(subject: Subject, executor_of: Callable[..., TorchExecutor])
 def test_prompts_and_decodes_in_one_batch(
     subject: Subject, executor_of: Callable[..., TorchExecutor], values: dict[str, Any]
 ) -> None:
-    executor = executor_of(subject.model)
+    executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor, **values), executor, requests)
     if values.get("scheduler") not in {"prefill-first", "fcfs"}:  # there all prompts fit into the first batch
@@ -198,7 +208,7 @@ def test_prompts_and_decodes_in_one_batch(
 
 
 def test_batched_with_others(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
-    executor = executor_of(subject.model)
+    executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor, prefill_chunk=64), executor, requests)
     assert max(len(batch.chunks) for batch in run.batches) == NUM_PROMPTS
@@ -210,7 +220,7 @@ def test_batched_with_others(subject: Subject, executor_of: Callable[..., TorchE
 def test_chunked_prefill_with_odd_sizes(
     subject: Subject, executor_of: Callable[..., TorchExecutor], prefill_chunk: int, resume_budget: int
 ) -> None:
-    executor = executor_of(subject.model)
+    executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     core = make_core(executor, prefill_chunk=prefill_chunk, resume_budget=resume_budget)
     run = drive(core, executor, requests)
@@ -220,7 +230,7 @@ def test_chunked_prefill_with_odd_sizes(
 
 
 def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
-    executor = executor_of(subject.model)
+    executor = executor_of(subject)
     core = make_core(executor, resume_min_cached_tokens=BLOCK_SIZE)
     first = requests_for(subject.prompts, subject.num_tokens)
     run = drive(core, executor, first)
@@ -240,8 +250,8 @@ def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchEx
 def test_after_preemption_and_recompute(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
     requests = requests_for(subject.prompts, subject.num_tokens)
     # Room for the prompts and a little more: they outgrow it together.
-    num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in subject.prompts) + 4
-    executor = executor_of(subject.model, num_blocks=num_blocks)
+    num_blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in subject.prompts) + 2
+    executor = executor_of(subject, num_blocks=num_blocks)
     # All prompts in one batch.
     core = make_core(executor, max_model_len=num_blocks * BLOCK_SIZE, prefill_chunk=2048)
     run = drive(core, executor, requests)

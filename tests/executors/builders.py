@@ -39,7 +39,10 @@ def tiny_llama() -> DecoderModel:
     return load_model(ModelSource("tiny", None, None, TINY), load_format="dummy", seed=1)
 
 
-def torch_harness(model: DecoderModel | None = None, *, num_blocks: int = 64, block_size: int = 4) -> Harness:
+def torch_harness(
+    model: DecoderModel | None = None, *, num_blocks: int = 64, block_size: int = 4, **values: Any
+) -> Harness:
+    """An executor on the CPU; `values` go to `TorchExecutor`."""
     clock = TickingClock()
     executor = TorchExecutor(
         model or tiny_llama(),
@@ -48,6 +51,7 @@ def torch_harness(model: DecoderModel | None = None, *, num_blocks: int = 64, bl
         block_size=block_size,
         max_num_seqs=8,
         clock=clock,
+        **values,
     )
     return Harness(executor, clock)
 

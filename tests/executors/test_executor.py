@@ -19,9 +19,9 @@ from tests.executors.builders import tiny_llama, torch_harness
 GOOD = chunk("a", [5, 6, 7], (0,), sample=spec(greedy()))
 
 
-@pytest.fixture
-def harness() -> Iterator[Harness]:
-    made = torch_harness()
+@pytest.fixture(params=["mirror", "torch"])
+def harness(request: pytest.FixtureRequest) -> Iterator[Harness]:
+    made = torch_harness(attention=request.param)
     yield made
     made.executor.close()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from agentserve.core.batch import SampleSpec
 from agentserve.core.request import SamplingParams
 from agentserve.errors import EngineError
-from agentserve.executors.pytorch.sampler import draw, process_logits, sample, uniform
+from agentserve.executors.pytorch.sampler import Choice, draw, draw_rows, enqueue, process_logits, read, uniform
 
 # Critical values of chi-square at 0.1 %, by degrees of freedom. The seeds are fixed: a test fails always or never.
 CHI_SQUARE_LIMIT = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 9: 27.88, 99: 148.23}
@@ -25,6 +25,10 @@ def params(**values) -> SamplingParams:
 
 def make_spec(output_index: int = 0, history: tuple[int, ...] = (), num_prompt: int = 0, **values) -> SampleSpec:
     return SampleSpec(params(**values), output_index, history, num_prompt)
+
+
+def sample(logits: torch.Tensor, specs: list[SampleSpec]) -> list[Choice]:
+    return read(enqueue(logits, specs))
 
 
 def chi_square(counts: Counter[int], probabilities: list[float]) -> float:
@@ -284,6 +288,39 @@ def test_the_distribution_is_right(values):
     assert set(counts) == set(expected)
     statistic = chi_square(counts, [expected.get(i, 0.0) for i in range(len(HALVES))])
     assert statistic < CHI_SQUARE_LIMIT[len(expected) - 1]
+
+
+FILTERS = [{}, {"top_k": 3}, {"top_k": 9, "top_p": 0.7}, {"top_p": 0.95}, {"min_p": 0.2}, {"top_k": 500, "min_p": 0.1}]
+
+
+@pytest.mark.parametrize("num_rows", [1, 8, 19])
+def test_draws_that_ask_nothing_equal_those_that_look(num_rows):
+    """`draw_rows`, which runs on devices, against `draw`: any filters side by side, in groups of up to eight rows."""
+    generator = torch.Generator().manual_seed(num_rows)
+    for turn in range(20):
+        logits = torch.randn(num_rows, 400, generator=generator) * 3
+        logits[:, ::7] = -math.inf
+        specs = [
+            make_spec(turn, seed=row, temperature=0.6 + 0.1 * turn, **FILTERS[(turn + row * row) % len(FILTERS)])
+            for row in range(num_rows)
+        ]
+        expected = [
+            draw(row, spec.params, uniform(spec.params.seed, turn)) for row, spec in zip(logits, specs, strict=True)
+        ]
+        assert draw_rows(logits, specs, torch.full((num_rows,), -1)).tolist() == expected
+
+
+def test_greedy_rows_among_drawn_ones_keep_their_token():
+    specs = [make_spec(temperature=0.0), make_spec(temperature=1.0, top_k=1), make_spec(temperature=0.0, top_k=5)]
+    logits = torch.tensor([[3.0, 1.0, 0.0]] * 3)
+    assert draw_rows(logits, specs, torch.tensor([2, 2, 2])).tolist() == [2, 0, 2]
+
+
+def test_rows_that_are_not_numbers_give_a_token_that_exists():
+    """It is never used, but the next step may have been launched with it."""
+    logits = torch.tensor([[math.nan, 1.0, 2.0], [-math.inf] * 3])
+    specs = [make_spec(top_p=0.5), make_spec()]
+    assert all(0 <= token_id < 3 for token_id in draw_rows(logits, specs, torch.tensor([0, 0])).tolist())
 
 
 def test_other_rows_do_not_matter():

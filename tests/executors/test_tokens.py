@@ -40,9 +40,11 @@ def models(tmp_path_factory):
     return load_tiny(directory), expected
 
 
-@pytest.fixture
-def harness(models) -> Iterator[Harness]:
-    made = torch_harness(models[0], num_blocks=100)
+@pytest.fixture(params=["mirror", "torch"])
+def harness(models, request) -> Iterator[Harness]:
+    """Attention over mirrors and over blocks; the latter through both threads of a lane."""
+    lookahead = 1 if request.param == "mirror" else 2
+    made = torch_harness(models[0], num_blocks=100, attention=request.param, lookahead=lookahead)
     yield made
     made.executor.close()
 
@@ -159,9 +161,10 @@ def test_both_lanes_busy(harness, expected):
         assert all_of_them[name].output == expected[name]
 
 
-def test_threads_end_with_the_executor(models):
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_threads_end_with_the_executor(models, lookahead):
     before = set(threading.enumerate())
-    harness = torch_harness(models[0], num_blocks=100)
+    harness = torch_harness(models[0], num_blocks=100, lookahead=lookahead)
     generate(harness, [generations()["short"]], 2)
     assert set(threading.enumerate()) > before
     harness.executor.close()

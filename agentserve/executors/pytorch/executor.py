@@ -1,11 +1,11 @@
-"""Runs batches of a real model with torch, one thread a lane."""
+"""Runs batches of a real model with torch: each lane launches on its own, and waits on its own."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,10 +13,12 @@ from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.clock import Clock
 from agentserve.core.executor import Capabilities
 from agentserve.errors import EngineError
-from agentserve.executors.pytorch.devices.interface import Device
-from agentserve.executors.pytorch.kv_store import KvStore
+from agentserve.executors.pytorch.attention.backends import make_backend
+from agentserve.executors.pytorch.attention.choice import AUTO, choose_attention, read_facts
+from agentserve.executors.pytorch.attention.paged_kernels import AttentionShape
+from agentserve.executors.pytorch.devices.interface import Device, Fence, Slot
 from agentserve.executors.pytorch.lanes import LaneThread
-from agentserve.executors.pytorch.runner import ModelRunner
+from agentserve.executors.pytorch.runner import Launched, MakeGraphs, ModelRunner
 from agentserve.models.config import ModelConfig
 from agentserve.models.interface import DecoderModel
 
@@ -27,6 +29,31 @@ def kv_bytes_per_block(config: ModelConfig, dtype: torch.dtype | str, block_size
     """Bytes of a block of the pool; `dtype` is that of the model, a name as in `torch.float32` without `torch.`."""
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return config.kv_bytes_per_token(resolved.itemsize) * block_size
+
+
+class _Flight:
+    """A batch between its launch and its output."""
+
+    __slots__ = ("batch", "error", "fence", "launched", "started_ns")
+
+    def __init__(self, batch: Batch, started_ns: int) -> None:
+        self.batch = batch
+        self.started_ns = started_ns
+        self.launched: Launched | None = None
+        self.fence: Fence | None = None
+        self.error: Exception | None = None
+        """Why it could not be launched."""
+
+
+class _LaneRecord:
+    """What is known of the lane's batch that finished last; used by the thread that finishes."""
+
+    __slots__ = ("failed_batch_id", "finished_ns")
+
+    def __init__(self) -> None:
+        self.finished_ns = 0
+        self.failed_batch_id: int | None = None
+        """None: it did not fail."""
 
 
 class TorchExecutor:
@@ -41,50 +68,71 @@ class TorchExecutor:
         block_size: int,
         max_num_seqs: int,
         clock: Clock,
+        attention: str = AUTO,
+        max_model_len: int | None = None,
+        lookahead: int | None = None,
+        make_graphs: MakeGraphs | None = None,
     ) -> None:
         """Takes over `device` and closes it in `close`.
 
         Args:
             model: on `device.torch_device`.
             device: what to run on.
-            num_blocks: KV blocks in the pool; memory is taken as they are used.
+            num_blocks: KV blocks in the pool; on a CPU memory is taken as they are used.
             block_size: tokens in a block.
             max_num_seqs: requests that may hold blocks at a time; a batch never has more chunks.
             clock: stamps `started_ns` and `finished_ns`.
+            attention: a name of `attention.choice`, or `auto`.
+            max_model_len: the most tokens of a request; by default what model and pool allow.
+            lookahead: batches that may be in flight in a lane; by default what the device says.
+            make_graphs: captures decode steps, where the attention allows it.
+
+        Raises ConfigError if the attention that was asked for does not run here, EngineError for other numbers that
+        cannot be right.
         """
-        if num_blocks < 1 or block_size < 1 or max_num_seqs < 1:
-            raise EngineError("the numbers of blocks, tokens in a block and sequences must be positive")
+        lookahead = device.lookahead if lookahead is None else lookahead
+        limit = min(model.config.max_position_embeddings, num_blocks * block_size)
+        max_model_len = limit if max_model_len is None else min(max_model_len, limit)
+        if min(num_blocks, block_size, max_num_seqs, max_model_len, lookahead) < 1:
+            raise EngineError("the numbers of blocks, tokens in a block, sequences and batches must be positive")
         self._device = device
         self._clock = clock
-        self._max_num_seqs = max_num_seqs
-        pool_bytes = kv_bytes_per_block(model.config, model.dtype, block_size) * num_blocks
-        store = KvStore(
+        facts = read_facts(device.torch_device, AttentionShape.of(model.config, block_size, model.dtype))
+        self.attention = choose_attention(attention, facts)
+        """What computes attention, and why."""
+        logger.info("%s", self.attention.reason)
+        self._backend = make_backend(
+            self.attention,
             model.config,
-            device,
             model.dtype,
+            device,
             num_blocks=num_blocks,
             block_size=block_size,
-            # Requests that run hold distinct tokens except for shared prefixes: as much as the pool is ample.
-            mirror_limit_bytes=pool_bytes,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            lookahead=lookahead,
         )
-        self._store = store
-        self._runner = ModelRunner(model, store, device.torch_device)
+        self._runner = ModelRunner(
+            model, self._backend, device, max_num_seqs=max_num_seqs, lookahead=lookahead, make_graphs=make_graphs
+        )
         self._capabilities = Capabilities(
             name=device.name,
             device=device.description,
             compute_units=device.compute_units,
             unit_granularity=device.unit_granularity,
             min_units=device.min_units,
+            unused_units=device.unused_units,
             num_blocks=num_blocks,
             block_size=block_size,
-            lookahead=device.lookahead,
+            lookahead=lookahead,
         )
         self._lock = threading.Lock()  # guards the four below
         self._num_in_flight = dict.fromkeys(Lane, 0)
         self._finished: deque[BatchOutput] = deque()
         self._wake: Callable[[], None] | None = None
         self._closed = False
-        self._lanes = {lane: LaneThread(lane, self._run) for lane in Lane}
+        self._records = {lane: _LaneRecord() for lane in Lane}
+        self._lanes = {lane: LaneThread(lane, self._launch, self._finish, lookahead=lookahead) for lane in Lane}
 
     def capabilities(self) -> Capabilities:
         return self._capabilities
@@ -97,7 +145,7 @@ class TorchExecutor:
             if self._num_in_flight[batch.lane] >= self._capabilities.lookahead:
                 raise RuntimeError(f"the {batch.lane.value} lane is full")
             self._num_in_flight[batch.lane] += 1
-        self._store.forget(batch.ended_request_ids)
+        self._backend.forget(batch.ended_request_ids)
         self._lanes[batch.lane].put(batch)
 
     def poll(self, now_ns: int) -> list[BatchOutput]:  # noqa: ARG002 - what is finished is finished
@@ -120,6 +168,10 @@ class TorchExecutor:
         if waiting:
             wake()
 
+    def prepare_graphs(self, slots: Iterable[Slot], buckets: Iterable[int] | None = None) -> None:
+        """Captures decode steps before the first batch: see `ModelRunner.prepare_graphs`."""
+        self._runner.prepare_graphs(slots, buckets)
+
     def close(self) -> None:
         """See `Executor.close`. What was in flight can still be polled."""
         with self._lock:
@@ -128,30 +180,52 @@ class TorchExecutor:
             self._closed = True
         for lane in self._lanes.values():
             lane.close()
+        # Graphs first: they hold on to the slots in which they were captured.
+        self._runner.close()
         self._device.close()
 
-    # ---- on the thread of a lane ----
+    # ---- on the threads of a lane ----
 
-    def _run(self, batch: Batch) -> None:
-        started_ns = self._clock.now_ns()
+    def _launch(self, batch: Batch) -> _Flight:
+        """Puts a batch on the device, in its slot."""
+        flight = _Flight(batch, self._clock.now_ns())
+        try:
+            slot = self._device.slot(batch.lane, batch.partition.units(batch.lane))
+
+            def work() -> None:
+                flight.launched = self._runner.launch(batch, slot)
+
+            flight.fence = slot.launch(work)
+        except Exception as error:  # noqa: BLE001 - it becomes the output of the batch
+            flight.error = error
+        return flight
+
+    def _finish(self, flight: _Flight) -> None:
+        """Waits for a batch and makes its output."""
+        batch, record = flight.batch, self._records[flight.batch.lane]
         samples: tuple[TokenSample, ...] = ()
         error: str | None = None
         try:
-            samples = self._compute(batch)
+            samples = self._read(flight, record)
         except Exception as exception:
             logger.exception("batch %d of the %s lane failed", batch.batch_id, batch.lane.value)
             error = f"{type(exception).__name__}: {exception}"
-        output = BatchOutput(batch.batch_id, batch.lane, started_ns, self._clock.now_ns(), samples, error)
+        # A batch that was launched behind another one began when that one ended.
+        started_ns = max(flight.started_ns, record.finished_ns)
+        record.finished_ns = self._clock.now_ns()
+        record.failed_batch_id = None if error is None else batch.batch_id
+        output = BatchOutput(batch.batch_id, batch.lane, started_ns, record.finished_ns, samples, error)
         with self._lock:
             self._finished.append(output)
             wake = self._wake
         if wake is not None:
             wake()
 
-    def _compute(self, batch: Batch) -> tuple[TokenSample, ...]:
-        if not 1 <= len(batch.chunks) <= self._max_num_seqs:
-            raise EngineError(f"a batch of {len(batch.chunks)} chunks; the limit is {self._max_num_seqs}")
-        results: list[tuple[TokenSample, ...]] = []
-        slot = self._device.slot(batch.lane, batch.partition.units(batch.lane))
-        slot.run(lambda: results.append(self._runner.run(batch)))
-        return results[0]
+    def _read(self, flight: _Flight, record: _LaneRecord) -> tuple[TokenSample, ...]:
+        if flight.error is not None:
+            raise flight.error
+        assert flight.fence is not None and flight.launched is not None
+        flight.fence.wait()
+        if flight.launched.is_dependent and record.failed_batch_id is not None:
+            raise EngineError(f"it was given tokens of batch {record.failed_batch_id}, which failed")
+        return self._runner.read(flight.launched)

@@ -5,6 +5,9 @@ temperature, top-k, top-p, min-p, draw. Log-probabilities are those of the model
 
 A draw is a function of the logits of one row, its parameters, and `(seed, output_index)`. Every step works row by row,
 so that it does not matter what else is in the batch.
+
+Sampling comes in two parts. `enqueue` only puts work on the device and asks it nothing; `read` looks at the results,
+behind a fence. So the next step can be launched before the tokens of this one are known to the host.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,9 +24,12 @@ from agentserve.core.batch import SampleSpec
 from agentserve.core.request import SamplingParams
 from agentserve.core.splitmix import mix64
 from agentserve.errors import EngineError
+from agentserve.executors.pytorch.transfer import to_device, to_host, upload
 
 _NUM_CANDIDATES = 1024
 """How many of the most likely tokens top-p and min-p look at before they sort the whole vocabulary."""
+_ROWS_AT_ONCE = 8
+"""Rows whose probabilities are worked on together on a device: this bounds the memory for temporaries."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,30 +41,70 @@ class Choice:
     top_logprobs: tuple[tuple[int, float], ...] = ()
 
 
-def sample(logits: Tensor, specs: Sequence[SampleSpec]) -> list[Choice]:
+@dataclass(frozen=True, slots=True)
+class _Logprobs:
+    """Log-probabilities of the rows that asked for them, on their way to the host."""
+
+    rows: tuple[int, ...]
+    num_top: tuple[int, ...]
+    chosen: Tensor
+    """`[len(rows)]`"""
+    top_values: Tensor
+    """`[len(rows), max(num_top)]`, falling."""
+    top_ids: Tensor
+
+
+@dataclass(slots=True)
+class Sampled:
+    """Chosen tokens. Only `token_ids` may be used before a fence, and only by work in the same stream."""
+
+    token_ids: Tensor
+    """`[n]` int64 on the device."""
+    host_token_ids: Tensor
+    maxima: Tensor
+    """`[n]` in host memory: the largest logit of each row. A NaN wins every maximum."""
+    logprobs: _Logprobs | None
+
+
+def enqueue(logits: Tensor, specs: Sequence[SampleSpec]) -> Sampled:
     """Chooses a token for each row of `logits` `[n, vocab_size]` float32, which are overwritten.
+
+    On a device nothing waits for the host, nor the host for the device.
+    """
+    maxima, token_ids = logits.max(dim=-1)
+    logprobs = None
+    if not all(_is_plain_greedy(spec.params) for spec in specs):
+        asked = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
+        # Before the logits are overwritten; a copy of the rows, taken by the index.
+        raw = torch.log_softmax(logits[_ids(asked, logits)], dim=-1) if asked else None
+        for row, spec in enumerate(specs):
+            process_logits(logits[row], spec)
+        token_ids = _choose(logits, specs)
+        if raw is not None:
+            logprobs = _gather_logprobs(raw, token_ids, asked, specs)
+    return Sampled(token_ids, to_host(token_ids), to_host(maxima), logprobs)
+
+
+def read(sampled: Sampled) -> list[Choice]:
+    """What was chosen, one for each row. Call it behind a fence.
 
     Raises EngineError for logits that are not numbers.
     """
-    # A NaN wins every maximum: one look at the maxima finds it, and greedy decoding needs them anyway.
-    maxima, greedy = logits.max(dim=-1)
-    if not torch.isfinite(maxima).all():
+    if not all(map(math.isfinite, sampled.maxima.tolist())):
         raise EngineError("the model computed logits that are not finite")
-    if all(_is_plain_greedy(spec.params) for spec in specs):
-        return [Choice(token_id) for token_id in greedy.tolist()]
-    asked = [row for row, spec in enumerate(specs) if spec.params.logprobs is not None]
-    # Before the logits are overwritten; a copy of the rows, taken by the index.
-    raw = torch.log_softmax(logits[asked], dim=-1) if asked else None
-    for row, spec in enumerate(specs):
-        process_logits(logits[row], spec)
-    token_ids = logits.argmax(dim=-1).tolist()
-    for row, spec in enumerate(specs):
-        if spec.params.temperature > 0.0:
-            token_ids[row] = draw(logits[row], spec.params, uniform(spec.params.seed, spec.output_index))
-    choices = [Choice(token_id) for token_id in token_ids]
-    if raw is not None:
-        for row, logprobs in zip(asked, raw, strict=True):
-            choices[row] = _with_logprobs(token_ids[row], logprobs, specs[row].params.logprobs or 0)
+    choices = [Choice(token_id) for token_id in sampled.host_token_ids.tolist()]
+    if (logprobs := sampled.logprobs) is not None:
+        columns = zip(
+            logprobs.rows,
+            logprobs.num_top,
+            logprobs.chosen.tolist(),
+            logprobs.top_ids.tolist(),
+            logprobs.top_values.tolist(),
+            strict=True,
+        )
+        for row, num_top, chosen, token_ids, values in columns:
+            top = tuple(zip(token_ids[:num_top], values[:num_top], strict=True))
+            choices[row] = Choice(choices[row].token_id, chosen, top)
     return choices
 
 
@@ -74,22 +121,88 @@ def process_logits(row: Tensor, spec: SampleSpec) -> None:
     params = spec.params
     if params.logit_bias:
         token_ids, biases = zip(*params.logit_bias, strict=True)
-        row.index_add_(0, _ids(token_ids, row), torch.tensor(biases, dtype=row.dtype, device=row.device))
+        row.index_add_(0, _ids(token_ids, row), upload(biases, row.dtype, row.device))
     if spec.output_index < params.min_tokens:
         # A stop token that the vocabulary does not have cannot be sampled anyhow.
-        row[_ids([token_id for token_id in params.stop_token_ids if 0 <= token_id < len(row)], row)] = -math.inf
+        stop_ids = [token_id for token_id in params.stop_token_ids if 0 <= token_id < len(row)]
+        row.index_fill_(0, _ids(stop_ids, row), -math.inf)
     if not params.needs_history:
         return
-    history = _ids(spec.history, row)
     if params.repetition_penalty != 1.0:
-        seen = _distinct(history)[0]
+        seen = _distinct(spec.history, row)[0]
         scores = row[seen]
         penalty = params.repetition_penalty
         # Hugging Face's rule: towards less likely on either side of zero.
         row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
-        seen, counts = _distinct(history[spec.num_prompt_tokens :])
+        seen, counts = _distinct(spec.history[spec.num_prompt_tokens :], row)
         row[seen] -= params.presence_penalty + params.frequency_penalty * counts
+
+
+# ---- the draw ----
+
+
+def _choose(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    """Tokens `[n]` from processed logits."""
+    greedy = logits.argmax(dim=-1)
+    if all(spec.params.temperature == 0.0 for spec in specs):
+        return greedy
+    if not logits.is_cpu:
+        return draw_rows(logits, specs, greedy)
+    token_ids = greedy.tolist()
+    for row, spec in enumerate(specs):
+        if spec.params.temperature > 0.0:
+            token_ids[row] = draw(logits[row], spec.params, uniform(spec.params.seed, spec.output_index))
+    return torch.tensor(token_ids)
+
+
+def draw_rows(logits: Tensor, specs: Sequence[SampleSpec], greedy: Tensor) -> Tensor:
+    """`draw` for all rows at once, without a look at any result; rows of temperature 0 take their `greedy` token.
+
+    Where the host may look, `draw` is faster: it rarely has to sort the whole vocabulary.
+    """
+    groups = [
+        _draw_group(logits[start : start + _ROWS_AT_ONCE], specs[start : start + _ROWS_AT_ONCE])
+        for start in range(0, len(specs), _ROWS_AT_ONCE)
+    ]
+    is_drawn = upload([spec.params.temperature > 0.0 for spec in specs], torch.bool, logits.device)
+    return torch.where(is_drawn, torch.cat(groups), greedy)
+
+
+def _draw_group(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+    vocab_size = logits.shape[-1]
+    settings: list[tuple[float, ...]] = []
+    for spec in specs:
+        params = spec.params
+        top_k = _top_k(params, vocab_size) or vocab_size
+        number = uniform(params.seed, spec.output_index)
+        # Any temperature will do for a row whose draw is not used.
+        settings.append((params.temperature or 1.0, top_k, params.top_p, params.min_p, number))
+    table = upload(settings, torch.float64, logits.device)
+    temperature, limit, top_p, min_p, numbers = table.unsqueeze(-1).unbind(1)  # [rows, 1] each
+    weights = logits.double()
+    weights = ((weights - weights.amax(-1, keepdim=True)) / temperature).exp_()
+    sums = weights.cumsum(-1)
+    by_id = _place(sums, sums[:, -1:], numbers)
+    filtered = [_is_filtered(spec.params, vocab_size) for spec in specs]
+    if not any(filtered):
+        return by_id.squeeze(-1)
+    largest, token_ids = weights.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(vocab_size, device=logits.device)
+    largest = largest.masked_fill_(rank >= limit, 0.0)
+    sums = largest.cumsum(-1)
+    reached = (sums < top_p * sums[:, -1:]).sum(-1, keepdim=True) + 1
+    kept = torch.where(top_p < 1.0, reached, vocab_size)
+    kept = torch.minimum(kept, (largest >= min_p * largest[:, :1]).sum(-1, keepdim=True))
+    kept = torch.minimum(kept, limit.long()).clamp_(1, vocab_size)
+    by_rank = token_ids.gather(1, _place(sums, sums.gather(1, kept - 1), numbers))
+    return torch.where(upload(filtered, torch.bool, logits.device).unsqueeze(-1), by_rank, by_id).squeeze(-1)
+
+
+def _place(sums: Tensor, totals: Tensor, numbers: Tensor) -> Tensor:
+    """The first place of each row at which the running `sums` exceed `numbers * totals`: `[rows, 1]`."""
+    # A row that is not numbers has no such place. Its token will not be used, but the next step may look it up.
+    return torch.searchsorted(sums, totals * numbers, right=True).clamp_(max=sums.shape[-1] - 1)
 
 
 def draw(row: Tensor, params: SamplingParams, number: float) -> int:
@@ -99,9 +212,9 @@ def draw(row: Tensor, params: SamplingParams, number: float) -> int:
     """
     # The maximum first: the largest exponent is then 0, however small the temperature.
     weights = ((row.double() - row.max()) / params.temperature).exp_()
-    top_k = params.top_k if 0 < params.top_k < len(row) else 0
-    if not top_k and params.top_p == 1.0 and params.min_p == 0.0:
+    if not _is_filtered(params, len(row)):
         return _invert(weights, number)
+    top_k = _top_k(params, len(row))
     num_candidates = top_k or min(_NUM_CANDIDATES, len(row))
     largest, token_ids = weights.topk(num_candidates)
     total = largest.sum() if top_k else weights.sum()
@@ -111,6 +224,15 @@ def draw(row: Tensor, params: SamplingParams, number: float) -> int:
         largest, token_ids = weights.sort(descending=True, stable=True)
         kept = _kept(largest, total, params)
     return int(token_ids[_invert(largest[:kept], number)])
+
+
+def _top_k(params: SamplingParams, vocab_size: int) -> int:
+    """How many tokens top-k leaves; 0: all."""
+    return params.top_k if 0 < params.top_k < vocab_size else 0
+
+
+def _is_filtered(params: SamplingParams, vocab_size: int) -> bool:
+    return bool(_top_k(params, vocab_size)) or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def _kept(weights: Tensor, total: Tensor, params: SamplingParams) -> int:
@@ -131,10 +253,12 @@ def _invert(weights: Tensor, number: float) -> int:
     return int(torch.searchsorted(sums, sums[-1] * number, right=True))
 
 
-def _with_logprobs(token_id: int, logprobs: Tensor, num_top: int) -> Choice:
-    values, token_ids = logprobs.topk(min(num_top, len(logprobs)))
-    top = tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
-    return Choice(token_id, float(logprobs[token_id]), top)
+def _gather_logprobs(raw: Tensor, token_ids: Tensor, asked: Sequence[int], specs: Sequence[SampleSpec]) -> _Logprobs:
+    """From log-probabilities `[len(asked), vocab_size]` what the rows `asked` for."""
+    num_top = tuple(min(specs[row].params.logprobs or 0, raw.shape[-1]) for row in asked)
+    chosen = raw.gather(1, token_ids[_ids(asked, raw)].unsqueeze(-1)).squeeze(-1)
+    top_values, top_ids = raw.topk(max(num_top), dim=-1)
+    return _Logprobs(tuple(asked), num_top, to_host(chosen), to_host(top_values), to_host(top_ids))
 
 
 def _is_plain_greedy(params: SamplingParams) -> bool:
@@ -147,11 +271,12 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
     )
 
 
-def _ids(token_ids: Sequence[int], row: Tensor) -> Tensor:
-    return torch.tensor(token_ids, dtype=torch.int64, device=row.device)
+def _ids(token_ids: Sequence[int], like: Tensor) -> Tensor:
+    return upload(token_ids, torch.int64, like.device)
 
 
-def _distinct(token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The different values and how often each occurs."""
-    values, counts = torch.unique_consecutive(token_ids.sort().values, return_counts=True)
-    return values, counts
+def _distinct(token_ids: Sequence[int], like: Tensor) -> tuple[Tensor, Tensor]:
+    """The different values and how often each occurs; counted on the host, since a device cannot say how many it found
+    without being waited for."""
+    values, counts = np.unique(np.asarray(token_ids, dtype=np.int64), return_counts=True)
+    return to_device(torch.from_numpy(values), like.device), to_device(torch.from_numpy(counts), like.device)

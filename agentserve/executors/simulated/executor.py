@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
-from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk, TokenSample
-from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, TokenSample
+from agentserve.core.costmodel import CostModel
 from agentserve.core.executor import Capabilities
 from agentserve.core.splitmix import mix64
 
@@ -43,6 +44,8 @@ class SimulatedExecutor:
             simulated=True,
         )
         self._in_flight: dict[Lane, deque[BatchOutput]] = {lane: deque() for lane in Lane}
+        self._checked: dict[str, tuple[int, ...]] = {}
+        """Blocks of a request that were all found in the pool."""
         self._closed = False
 
     def capabilities(self) -> Capabilities:
@@ -55,7 +58,7 @@ class SimulatedExecutor:
         if len(lane) >= self._capabilities.lookahead:
             raise RuntimeError(f"the {batch.lane} lane is full")
         started_ns = max(now_ns, lane[-1].finished_ns) if lane else now_ns
-        duration_ns = self._cost_model.duration_ns(BatchShape.of(batch), batch.lane, batch.partition, batch.co_running)
+        duration_ns = self._cost_model.duration_ns(batch.shape, batch.lane, batch.partition, batch.co_running)
         error = self._check_blocks(batch)
         samples = () if error else tuple(self._samples(batch))
         lane.append(BatchOutput(batch.batch_id, batch.lane, started_ns, started_ns + duration_ns, samples, error))
@@ -65,7 +68,9 @@ class SimulatedExecutor:
         for lane in self._in_flight.values():
             while lane and lane[0].finished_ns <= now_ns:
                 done.append(lane.popleft())
-        return sorted(done, key=lambda output: (output.finished_ns, output.batch_id))
+        if len(done) > 1:
+            done.sort(key=lambda output: (output.finished_ns, output.batch_id))
+        return done
 
     def next_completion_ns(self) -> int | None:
         return min((lane[0].finished_ns for lane in self._in_flight.values() if lane), default=None)
@@ -79,29 +84,42 @@ class SimulatedExecutor:
             lane.clear()
 
     def _check_blocks(self, batch: Batch) -> str | None:
+        for request_id in batch.ended_request_ids:
+            self._checked.pop(request_id, None)
         for chunk in batch.chunks:
-            if any(not 0 <= block < self._capabilities.num_blocks for block in chunk.block_ids):
+            block_ids = chunk.block_ids
+            if self._checked.get(chunk.request_id) is block_ids:  # the control plane keeps the tuple until it changes
+                continue
+            if min(block_ids) < 0 or max(block_ids) >= self._capabilities.num_blocks:
                 return f"request {chunk.request_id} has a block id outside the pool"
+            self._checked[chunk.request_id] = block_ids
         return None
 
     def _samples(self, batch: Batch) -> list[TokenSample]:
-        return [self._sample(chunk, chunk.sample) for chunk in batch.chunks if chunk.sample is not None]
+        return [self._sample(chunk.request_id, chunk.sample) for chunk in batch.chunks if chunk.sample is not None]
 
-    def _sample(self, chunk: ScheduledChunk, spec: SampleSpec) -> TokenSample:
+    def _sample(self, request_id: str, spec: SampleSpec) -> TokenSample:
         """A token that depends on the seed and its index only, and the end of the output after a drawn length."""
-        params = spec.params
-        length = _MIN_OUTPUT + mix64(params.seed) % (_MAX_OUTPUT - _MIN_OUTPUT + 1)
-        if spec.output_index >= max(length, params.min_tokens) and params.stop_token_ids:
+        params, index = spec.params, spec.output_index
+        start = _mixed(params.seed)
+        if params.stop_token_ids and index >= max(_output_length(start), params.min_tokens):
             token_id = params.stop_token_ids[0]
         else:
-            token_id = self._token(params.seed, spec.output_index)
+            # Output texts start at different places of the vocabulary and then follow it.
+            token_id = self._vocabulary[(start + index) % len(self._vocabulary)]
         if params.logprobs is None:
-            return TokenSample(chunk.request_id, token_id)
+            return TokenSample(request_id, token_id)
         # A made-up distribution: each candidate half as likely as the one before it.
         candidates = [token_id] + [t for t in self._vocabulary if t != token_id]
         top = tuple((t, -(i + 1) * math.log(2)) for i, t in enumerate(candidates[: params.logprobs]))
-        return TokenSample(chunk.request_id, token_id, -math.log(2), top)
+        return TokenSample(request_id, token_id, -math.log(2), top)
 
-    def _token(self, seed: int, index: int) -> int:
-        """Output texts start at different places of the vocabulary and then follow it."""
-        return self._vocabulary[(mix64(seed) + index) % len(self._vocabulary)]
+
+@lru_cache(maxsize=4096)
+def _mixed(seed: int) -> int:
+    """Kept, since all tokens of a request have one seed."""
+    return mix64(seed)
+
+
+def _output_length(mixed_seed: int) -> int:
+    return _MIN_OUTPUT + mixed_seed % (_MAX_OUTPUT - _MIN_OUTPUT + 1)

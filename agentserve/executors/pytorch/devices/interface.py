@@ -67,8 +67,6 @@ class Device(Protocol):
 
     name: str
     """The kind, for `Capabilities.name`."""
-    description: str
-    """The device in words, for banners."""
     torch_device: torch.device
     compute_units: int
     unit_granularity: int
@@ -79,6 +77,11 @@ class Device(Protocol):
     """Compute units that neither side of a split can have."""
     lookahead: int
     """Batches that may be in flight in one lane."""
+
+    @property
+    def description(self) -> str:
+        """The device in words, for banners."""
+        ...
 
     def slot(self, lane: Lane, units: int) -> Slot:
         """The slot of `lane` with `units` units; the same object each time.
