@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CPU_DEFAULT_MODEL = "smollm2-135m"
+CUDA_DEFAULT_MODELS = ("qwen2.5-7b", "llama-3-8b", "qwen2.5-3b", "smollm2-135m")
+"""Without `--model` the first of them whose weights are here and fit."""
 SIMULATED_DEFAULT_MODEL = "qwen2.5-7b"
 _CPU_KV_SHARE, _CPU_KV_LIMIT = 0.25, 4 << 30
 _CPU_WEIGHT_SHARE = 0.5
@@ -64,6 +67,8 @@ class Parts:
     """Of weights and KV, as torch names it."""
     profile: DeviceProfile | None
     """None: the device has to be measured."""
+    sheet: DeviceProfile | None = None
+    """Where a fit of the device starts; None for orders of magnitude."""
     notes: tuple[str, ...] = ()
 
 
@@ -72,18 +77,27 @@ def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str
 
     Raises ConfigError or ModelError, each with one clear sentence.
     """
-    source, kind, notes = _choose(config)
-    parts = (_build_cpu if kind == "cpu" else _build_simulated)(config, source, report)
+    source, kind, notes = choose(config)
+    build = {"cpu": _build_cpu, "cuda": _build_cuda, "simulated": _build_simulated}[kind]
+    parts = build(config, source, report)
     return source.name, replace(parts, notes=(*notes, *parts.notes))
 
 
 # ---- which executor ----
 
 
-def _choose(config: ServeConfig) -> tuple[ModelSource, str, tuple[str, ...]]:
-    """The model, `cpu` or `simulated`, and why if the user did not ask for it."""
-    if config.executor == "cuda":
-        raise ConfigError("this version has no CUDA executor; use --executor cpu or simulated")
+def choose(config: ServeConfig) -> tuple[ModelSource, str, tuple[str, ...]]:
+    """The model, `cuda`, `cpu` or `simulated`, and why if the user did not ask for it."""
+    if config.executor in {"auto", "cuda"}:
+        for name in (config.model,) if config.model else CUDA_DEFAULT_MODELS:
+            source = resolve_model(name)
+            gpu = _gpu_obstacle(config, source)
+            if gpu is None:
+                return source, "cuda", ()
+        if config.executor == "cuda":
+            raise ConfigError(f"cannot serve {source.name} on the GPU: {gpu}")
+    if config.slots == "green" and config.executor != "simulated":
+        raise ConfigError("--slots green needs a GPU; on a CPU, slots are sets of cores: --slots auto")
     if config.executor == "simulated":
         return resolve_model(config.model or SIMULATED_DEFAULT_MODEL), "simulated", ()
     source = resolve_model(config.model or CPU_DEFAULT_MODEL)
@@ -100,12 +114,32 @@ def _choose(config: ServeConfig) -> tuple[ModelSource, str, tuple[str, ...]]:
     return source, "simulated", (f"timing is simulated because {obstacle}",)
 
 
+def _gpu_obstacle(config: ServeConfig, source: ModelSource) -> str | None:
+    """Why no GPU can serve this model, or None if one can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed (pip install 'agentserve[cuda]')"
+    if not has_driver():
+        return "there is no NVIDIA driver"
+    from agentserve.build.cuda import gpu_obstacle
+
+    return gpu_obstacle(config, source)
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is installed: a look that takes no time, before torch is imported to ask it."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _cpu_obstacle(config: ServeConfig, source: ModelSource) -> str | None:
     """Why the CPU cannot really serve this model, or None if it can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed (pip install 'agentserve[cpu]')"
     if config.load_format != "dummy" and source.path is None:
-        return f"there is no GPU that this version can use and no weights of {source.name} were found on this machine"
+        return f"no weights of {source.name} were found on this machine"
     if source.config is None:
         return None  # the loader says what is wrong with the files
     weight_bytes = source.config.num_parameters * 4
@@ -167,6 +201,21 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
     return Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
 
 
+# ---- a GPU ----
+
+
+def _build_cuda(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> Parts:
+    from agentserve.build.cuda import build_cuda_executor
+
+    # First what can be refused: loading a model takes a while.
+    profile = load_profile(config.profile) if config.profile is not None else None
+    text = _text_side(source, report)
+    executor, model, sheet = build_cuda_executor(config, source, report)
+    dtype = str(model.dtype).removeprefix("torch.")
+    shape = model_shape(model.config, model.dtype.itemsize)
+    return Parts(executor, model.config, text, shape, dtype, profile, sheet)
+
+
 # ---- simulated timing ----
 
 
@@ -190,7 +239,7 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
         vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
     )
     note = f"timing of {profile.description} is {profile.provenance}"
-    return Parts(executor, source.config, text, shape, dtype, profile, (note,))
+    return Parts(executor, source.config, text, shape, dtype, profile, notes=(note,))
 
 
 def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:

@@ -30,6 +30,7 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         raise AssertionError("the daemon started")
 
     monkeypatch.setattr("agentserve.cli.serve._serve", serve)
+    monkeypatch.setattr("agentserve.build.parts.has_driver", lambda: False)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["--dtype", "int3"], "--dtype: must be one of auto, float32, bfloat16, float16"),
         (["--kv-cache-memory", "lots"], "--kv-cache-memory: must be a size"),
         (["--host", "0.0.0.0", "--executor", "simulated"], "can be reached from other machines"),
-        (["--executor", "cuda"], "no CUDA executor"),
+        (["--executor", "cuda"], "on the GPU: there is no NVIDIA driver"),
         (["--executor", "simulated", "--gpu", "rtx-9999"], "no profile of a device named 'rtx-9999'"),
         (["--executor", "simulated", "--gpu", "rtx-a5000", "--model", "qwen3-32b"], "does not fit"),
         (["--executor", "simulated", "--model", "qwen2.5-7b", "-c", "999999"], "exceeds the 32768 tokens"),
@@ -55,7 +56,8 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["one", "--model", "two"], "two models"),
         (["--scheduler", "fcfs", "--controller", "static"], "--controller needs --scheduler lanes"),
         (["--scheduler", "chunked", "--tpot-target-ms", "50"], "--tpot-target-ms needs --scheduler lanes"),
-        (["--slots", "green"], "--slots: must be one of auto, stream, off"),
+        (["--slots", "purple"], "--slots: must be one of auto, cap, stream, off, green"),
+        (["--slots", "green"], "--slots green needs a GPU"),
         (["--tpot-target-ms", "0"], "--tpot-target-ms: must be a positive number"),
         (["--theta-low", "2"], "theta_low must be positive and below theta_high"),
         (["--executor", "simulated", "--profile", "/no/such/profile.json"], "/no/such/profile.json"),

@@ -32,6 +32,7 @@ SIMULATED = (*FULL, "--quick")
 def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("agentserve.build.parts.has_driver", lambda: False)
 
 
 def profile(*arguments: str | Path) -> int:
@@ -156,7 +157,7 @@ def test_a_file_is_not_overwritten_unless_asked(capsys: pytest.CaptureFixture[st
         (["--model", "gpt-5"], "unknown model 'gpt-5'"),
         (["--gpu", "rtx-9999"], "no profile of a device named 'rtx-9999'"),
         (["--kv-cache-memory", "1KiB"], "needs at least"),
-        (["--executor", "cuda"], "no CUDA executor"),
+        (["--executor", "cuda"], "on the GPU: there is no NVIDIA driver"),
         (["--max-num-seqs", "0"], "--max-num-seqs: must be a positive number"),
     ],
 )
