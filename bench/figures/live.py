@@ -21,6 +21,8 @@ from bench.load.servers import ServerSpec
 _DETAILS = re.compile(r"(scale [\d.]+)")
 """What the captions say of titles such as `react (4 agents, 12 programs, scale 0.33)`."""
 _SERVER_PREFIX = "agentserve"
+_PROMPT_SEEDS = 1000
+"""Seeds of prompts that belong to one seed of a workload."""
 """Servers of scenarios are named `agentserve` (our default) and `agentserve-VARIANT`."""
 
 
@@ -68,6 +70,8 @@ async def measure(
             scale=1.0 if has_victim else scale,
             seed=seed,
         )
+        # The same work for any number of agents, but in words of its own: the daemon still knows those of the last run.
+        workload = dataclasses.replace(workload, seed=_PROMPT_SEEDS * seed + num_agents)
         detail = f"{num_agents} agents, {len(workload.programs)} programs" + (
             "" if has_victim else f", scale {scale:g}"
         )

@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from agentserve.build import model_shape
+from agentserve.build.simulation import build_driver, load_hardware
 from agentserve.config import ControlConfig, EngineConfig
-from agentserve.core.batch import Lane
-from agentserve.core.costmodel import BatchShape, CostModel, DeviceProfile
-from agentserve.core.slots import PartitionTable, build_partition_table
-from agentserve.errors import ConfigError
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from agentserve.models.registry import resolve_model
-from agentserve.profiles import load_profile
-from agentserve.runtime.recording import Header
-from agentserve.runtime.replay import build_core
+from agentserve.core.costmodel import CostModel, DeviceProfile
+from agentserve.core.slots import PartitionTable
 from agentserve.runtime.virtual import VirtualDriver
+from agentserve.sim.hardware import Hardware
 from agentserve.sim.orchestrator import SimulatedRun, simulate
 from agentserve.sim.programs import Workload
 from agentserve.sim.workloads import WORKLOADS, make_workload
@@ -33,8 +27,6 @@ from bench.figures.variants import (
 )
 
 _BLOCK_SIZE = 16
-_MEMORY_SHARE = 0.9
-"""As the daemon takes it: the rest is for activations."""
 _CONTEXT_TOKENS = 3000
 """The usual context of the paper's workloads: the target is set there."""
 _TARGET_FACTOR = 2.0
@@ -45,45 +37,38 @@ WORKLOAD_NAMES = ("react", "plan_execute")
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A GPU and a model on it."""
+    """A GPU and a model on it, as the figures use them."""
 
-    profile: DeviceProfile
+    hardware: Hardware
     cost_model: CostModel
-    model: str
+    num_blocks: int
 
     @classmethod
     def load(cls, gpu: str, model: str) -> Device:
         """Raises ConfigError or ModelError if either is not known or the model does not fit."""
-        profile = load_profile(gpu)
-        source = resolve_model(model)
-        if source.config is None:
-            raise ConfigError(f"the shape of {model} is not known, so its timing cannot be simulated")
-        device = cls(profile, CostModel(profile, model_shape(source.config)), source.name)
-        if device.num_blocks < 1:
-            raise ConfigError(f"{model} does not fit a {profile.description}")
-        return device
+        hardware = load_hardware(gpu, model)
+        return cls(hardware, hardware.cost_model, hardware.num_blocks(_BLOCK_SIZE))
 
     @property
-    def num_blocks(self) -> int:
-        shape = self.cost_model.model
-        pool_bytes = int(self.profile.memory_bytes * _MEMORY_SHARE) - shape.weight_bytes
-        return pool_bytes // (shape.kv_bytes_per_token * _BLOCK_SIZE)
+    def profile(self) -> DeviceProfile:
+        return self.hardware.profile
+
+    @property
+    def model(self) -> str:
+        return self.hardware.model
 
     @property
     def table(self) -> PartitionTable:
-        profile = self.profile
-        return build_partition_table(profile.compute_units, profile.unit_granularity, profile.min_units)
+        return self.hardware.table
 
     @property
     def tpot_target_ns(self) -> int:
         """Twice the time per token of a stream that has the device to itself, at the workloads' usual context."""
-        alone = BatchShape(num_decodes=1, num_decode_context=_CONTEXT_TOKENS, num_samples=1)
-        return round(_TARGET_FACTOR * self.cost_model.duration_ns(alone, Lane.DECODE, self.table.whole, False))
+        return round(_TARGET_FACTOR * self.hardware.isolated_tpot_ns(_CONTEXT_TOKENS))
 
     @property
     def conditions(self) -> str:
-        provenance = self.profile.provenance.partition(":")[0]
-        return f"simulated timing, {self.profile.description} ({provenance}), {self.model}"
+        return self.hardware.conditions
 
     def driver(self, variant: Variant, workload: Workload) -> VirtualDriver:
         """A fresh engine. Raises ConfigError if the workload's window does not fit the memory."""
@@ -93,20 +78,7 @@ class Device:
             max_model_len=workload.num_context_tokens + 1,
             control=ControlConfig(tpot_target_ns=self.tpot_target_ns),
         )
-        header = Header(
-            config=variant.configure(config),
-            compute_units=self.profile.compute_units,
-            unit_granularity=self.profile.unit_granularity,
-            min_units=self.profile.min_units,
-            model=self.model,
-            executor="simulated",
-            device=self.profile,
-            model_shape=self.cost_model.model,
-        )
-        executor = SimulatedExecutor(
-            self.cost_model, num_blocks=self.num_blocks, block_size=_BLOCK_SIZE, vocabulary=range(100, 1000)
-        )
-        return VirtualDriver(build_core(header), executor)
+        return build_driver(self.hardware.header(variant.configure(config)))
 
     def run(self, key: str, workload: Workload) -> SimulatedRun:
         """Simulates a workload with one of `VARIANTS`."""

@@ -71,6 +71,13 @@ _TABLE = (
         control={"controller": "static", "slots": "stream"},
     ),
     _variant(
+        "cap",
+        "cap (prefill confined)",
+        "#9c6644 <",
+        "--controller static --slots cap",
+        control={"controller": "static", "slots": "cap"},
+    ),
+    _variant(
         "chunked",
         f"chunked ({_CHUNKED_BUDGET})",
         "#30638e v",
