@@ -1,6 +1,7 @@
 """The command line: one module a verb.
 
-Exit codes: 0 done, 1 the verb's answer is no (a replay that differs), 2 wrong usage or input, in one line.
+Exit codes: 0 done, 1 the verb's answer is no (a replay that differs, a machine that lacks something), 2 wrong usage or
+input, in one line.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from agentserve import __version__
-from agentserve.cli import profile, replay, serve
+from agentserve.cli import doctor, profile, replay, serve, simulate
 from agentserve.errors import AgentServeError
 
 
@@ -40,4 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_parser(verbs)
     profile.add_parser(verbs)
     replay.add_parser(verbs)
+    simulate.add_parser(verbs)
+    doctor.add_parser(verbs)
     return parser

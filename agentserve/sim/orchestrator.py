@@ -1,28 +1,33 @@
 """Runs a workload on the virtual clock: agents, tool gaps, dependencies, conversations that grow.
 
 The engine is the daemon's; only the clients are simulated here. A conversation is token ids: what a turn appends is
-drawn from the workload's seed, what the engine generated becomes part of the next prompt, and programs of one prefix
-start with the same tokens. So the prefix cache finds what it would find in the daemon.
+drawn from the workload's seed, or made from its block ids, what the engine generated becomes part of the next prompt,
+and programs of one prefix start with the same tokens. So the prefix cache finds what it would find in the daemon.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 from agentserve.core.batch import Batch, BatchOutput, Lane
+from agentserve.core.clock import VirtualClock
 from agentserve.core.costmodel import BatchShape
-from agentserve.core.engine import StepResult
+from agentserve.core.engine import EngineCore
 from agentserve.core.events import BatchScheduled, RequestFinished, SubmitRequest, TokenGenerated
 from agentserve.core.request import FinishReason, SamplingParams, WorkClass
+from agentserve.core.stats import EngineStats
 from agentserve.runtime.virtual import VirtualDriver
+from agentserve.sim.blocks import VOCABULARY, tokens_of_blocks
+from agentserve.sim.cluster import Cluster, InstanceStep
 from agentserve.sim.metrics import TurnRecord
 from agentserve.sim.programs import Program, Workload
+from agentserve.sim.residency import Residency, ResidencyMeter
 
-_VOCABULARY = range(1000, 33_000)
-"""Synthetic prompt tokens; so many that two prompts do not begin alike by chance."""
 _NS_PER_MS = 1e6
 
 
@@ -40,6 +45,7 @@ class BatchSpan:
     num_resume_tokens: int
     cold_program_ids: tuple[str, ...]
     """Programs whose cold prefill it advances."""
+    instance: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +56,56 @@ class SimulatedRun:
     """One for each call that was made, in the order of their ends."""
     batches: tuple[BatchSpan, ...]
     """In the order of their starts."""
+    instances: tuple[int, ...]
+    """For each record the instance that answered."""
+    residency: tuple[Residency, ...]
+    """By instance."""
+    stats: tuple[EngineStats, ...]
+    """Of each instance at the end."""
 
 
-def simulate(workload: Workload, driver: VirtualDriver) -> SimulatedRun:
+def simulate(
+    workload: Workload,
+    driver: VirtualDriver | Cluster,
+    *,
+    max_batches: int | None = None,
+    on_turn: Callable[[], None] = lambda: None,
+) -> SimulatedRun:
     """Runs all programs to their end. The same workload and a driver in the same state give the same run.
 
     Args:
         workload: what to run.
-        driver: a driver without work of its own; its clock may stand anywhere, times count from there.
+        driver: a driver or a cluster without work of its own; its clock may stand anywhere, times count from there.
+        max_batches: keep so many batches, the first ones; None keeps all.
+        on_turn: called after each call that has ended.
 
     A call that fails ends its program, and programs that depend on it still start: the record has the error. Raises
     EngineError if the engine stops before all is done.
     """
-    return _Orchestrator(workload, driver).run()
+    engines = driver if isinstance(driver, Cluster) else _Alone(driver)
+    return _Orchestrator(workload, engines, max_batches, on_turn).run()
+
+
+class _Alone:
+    """A driver as a cluster of one instance."""
+
+    def __init__(self, driver: VirtualDriver) -> None:
+        self._driver = driver
+
+    @property
+    def clock(self) -> VirtualClock:
+        return self._driver.clock
+
+    @property
+    def cores(self) -> tuple[EngineCore, ...]:
+        return (self._driver.core,)
+
+    def at(self, at_ns: int, command: SubmitRequest) -> None:
+        self._driver.at(at_ns, command)
+
+    def step(self) -> Sequence[InstanceStep] | None:
+        result = self._driver.step()
+        return None if result is None else (InstanceStep(0, self._driver.last_completions, result),)
 
 
 @dataclass(slots=True)
@@ -94,61 +137,113 @@ class _Stream:
         """A new list of the first tokens."""
         if num_tokens > len(self._tokens):
             # One draw a token: how many were drawn at a time makes no difference.
-            self._tokens += self._random.choices(_VOCABULARY, k=num_tokens - len(self._tokens))
+            self._tokens += self._random.choices(VOCABULARY, k=num_tokens - len(self._tokens))
         return self._tokens[:num_tokens]
 
 
 class _Orchestrator:
-    def __init__(self, workload: Workload, driver: VirtualDriver) -> None:
+    def __init__(
+        self, workload: Workload, engines: Cluster | _Alone, max_batches: int | None, on_turn: Callable[[], None]
+    ) -> None:
         self._workload = workload
-        self._driver = driver
-        self._start_ns = driver.clock.now_ns()
+        self._engines = engines
+        self._on_turn = on_turn
+        self._start_ns = engines.clock.now_ns()
         self._sessions: dict[str, _Session] = {}  # by the id of the request under way
         self._num_missing = [len(program.depends_on) for program in workload.programs]
-        self._dependents: dict[str, list[int]] = {}
+        self._earliest_ns = [self._start_ns] * len(workload.programs)  # for the gaps behind what they depend on
+        self._dependents: dict[str, list[tuple[int, int]]] = {}  # which program, and how long after the end
         for index, program in enumerate(workload.programs):
-            for other in program.depends_on:
-                self._dependents.setdefault(other, []).append(index)
+            gaps_ms = program.dependency_gaps_ms or (0.0,) * len(program.depends_on)
+            for other, gap_ms in zip(program.depends_on, gaps_ms, strict=True):
+                self._dependents.setdefault(other, []).append((index, round(gap_ms * _NS_PER_MS)))
         self._ready = [index for index, count in enumerate(self._num_missing) if count == 0]  # a heap: sorted
+        self._calls: list[tuple[int, int, Program | _Session]] = []  # to be made, a heap by time
+        self._sequence = itertools.count()
+        self._posted_until_ns = self._start_ns
         self._num_free_agents = workload.num_agents
         self._prefixes: dict[str, _Stream] = {}
         self._records: list[TurnRecord] = []
-        self._batches: dict[int, Batch] = {}
-        self._spans: list[tuple[int, BatchSpan]] = []
+        self._instances: list[int] = []
+        self._num_batches_left = max_batches
+        self._batches: dict[tuple[int, int], Batch] = {}  # in flight and wanted, by instance and id
+        self._spans: list[tuple[tuple[int, int, int], BatchSpan]] = []
+        self._meters = tuple(ResidencyMeter(core.memory) for core in engines.cores)
 
     def run(self) -> SimulatedRun:
         self._start_ready(self._start_ns)
-        while (result := self._driver.step()) is not None:
-            for output in self._driver.last_completions:
-                self._spans.append((output.batch_id, self._span(self._batches.pop(output.batch_id), output)))
-            self._take(result)
-        assert not self._sessions and not any(self._num_missing), "programs are left, but the engine is done"
-        spans = tuple(span for _, span in sorted(self._spans, key=lambda item: item[0]))
-        return SimulatedRun(tuple(self._records), spans)
+        self._post_calls()
+        while (steps := self._engines.step()) is not None:
+            now_ns = self._engines.clock.now_ns() - self._start_ns
+            for step in steps:
+                self._take(step)
+                self._meters[step.instance].sample(now_ns)
+            self._post_calls()
+        is_done = not (self._sessions or self._calls or any(self._num_missing))
+        assert is_done, "programs are left, but the engine is done"
+        end_ns = self._engines.clock.now_ns() - self._start_ns
+        return SimulatedRun(
+            records=tuple(self._records),
+            batches=tuple(span for _, span in sorted(self._spans, key=lambda item: item[0])),
+            instances=tuple(self._instances),
+            residency=tuple(meter.result(end_ns) for meter in self._meters),
+            stats=tuple(core.stats() for core in self._engines.cores),
+        )
 
-    def _take(self, result: StepResult) -> None:
-        for event in result.events:
+    def _take(self, step: InstanceStep) -> None:
+        for output in step.completions:
+            batch = self._batches.pop((step.instance, output.batch_id), None)
+            if batch is not None:
+                key = (output.started_ns, step.instance, output.batch_id)
+                self._spans.append((key, self._span(step.instance, batch, output)))
+        for event in step.result.events:
             if isinstance(event, TokenGenerated):
                 session = self._sessions[event.request_id]
                 session.history.append(event.sample.token_id)
                 session.token_ns.append(event.at_ns - self._start_ns)
             elif isinstance(event, RequestFinished):
+                self._instances.append(step.instance)
                 self._turn_done(self._sessions.pop(event.request_id), event)
             elif isinstance(event, BatchScheduled):
-                self._batches[event.batch.batch_id] = event.batch
+                self._keep(step.instance, event.batch)
+
+    def _keep(self, instance: int, batch: Batch) -> None:
+        if self._num_batches_left is not None:
+            if self._num_batches_left == 0:
+                return
+            self._num_batches_left -= 1
+        self._batches[instance, batch.batch_id] = batch
 
     # ---- programs ----
 
     def _start_ready(self, now_ns: int) -> None:
         """Starts the programs whose dependencies have ended, in their order, while agents are free."""
         while self._ready and self._num_free_agents != 0:
-            program = self._workload.programs[heapq.heappop(self._ready)]
+            index = heapq.heappop(self._ready)
+            program = self._workload.programs[index]
             if self._num_free_agents is not None:
                 self._num_free_agents -= 1
             arrival_ns = self._start_ns + round((program.arrival_ms or 0.0) * _NS_PER_MS)
-            random = Random(f"{self._workload.seed}/prompt/{program.program_id}")
-            session = _Session(program, random, self._prefix(program))
-            self._send(session, max(now_ns, arrival_ns))
+            self._call_at(max(now_ns, arrival_ns, self._earliest_ns[index]), program)
+
+    def _call_at(self, at_ns: int, item: Program | _Session) -> None:
+        """Plans the next call of a session, or the first one of a program."""
+        heapq.heappush(self._calls, (at_ns, next(self._sequence), item))
+
+    def _post_calls(self) -> None:
+        """Hands the engine the calls up to the next one in the future, so that it cannot jump over any.
+
+        No more than that: the prompts of a whole trace would not fit the memory.
+        """
+        now_ns = self._engines.clock.now_ns()
+        while self._calls and (self._posted_until_ns <= now_ns or self._calls[0][0] <= self._posted_until_ns):
+            at_ns, _, item = heapq.heappop(self._calls)
+            self._posted_until_ns = max(self._posted_until_ns, at_ns)
+            self._send(self._started(item) if isinstance(item, Program) else item, at_ns)
+
+    def _started(self, program: Program) -> _Session:
+        random = Random(f"{self._workload.seed}/prompt/{program.program_id}")
+        return _Session(program, random, self._prefix(program))
 
     def _prefix(self, program: Program) -> list[int]:
         if program.prefix_id is None:
@@ -159,25 +254,30 @@ class _Orchestrator:
         return stream.first(program.prefix_tokens)
 
     def _send(self, session: _Session, at_ns: int) -> None:
-        """Appends the turn's tokens to the conversation and schedules the call."""
-        turn = session.program.turns[session.turn_index]
-        num_new = turn.append_tokens - (session.program.prefix_tokens if session.turn_index == 0 else 0)
-        session.history += session.random.choices(_VOCABULARY, k=num_new)
+        """Appends the turn's tokens to the conversation and posts the call."""
+        program, turn = session.program, session.program.turns[session.turn_index]
+        if turn.keep_tokens is not None:
+            del session.history[turn.keep_tokens :]
+        if turn.block_ids:
+            session.history += tokens_of_blocks(turn.block_ids, program.block_tokens, turn.append_tokens)
+        else:
+            num_new = turn.append_tokens - (program.prefix_tokens if session.turn_index == 0 else 0)
+            session.history += session.random.choices(VOCABULARY, k=num_new)
         session.sent_ns = at_ns - self._start_ns
         session.num_prompt_tokens = len(session.history)
         session.token_ns = []
         request_id = session.request_id
         self._sessions[request_id] = session
         seed = zlib.crc32(f"{self._workload.seed}/{request_id}".encode())
-        self._driver.at(
+        self._engines.at(
             at_ns,
             SubmitRequest(
                 request_id,
                 tuple(session.history),
                 # Greedy and without stop tokens: every output has the length that the workload says.
                 SamplingParams(max_tokens=turn.output_tokens, temperature=0.0, seed=seed),
-                agent_id=session.program.program_id,
-                session_id=session.program.program_id,
+                agent_id=program.program_id,
+                session_id=program.program_id,
             ),
         )
 
@@ -202,14 +302,17 @@ class _Orchestrator:
                 error=error,
             )
         )
+        self._on_turn()
         session.turn_index += 1
         if error is None and session.turn_index < len(program.turns):
-            self._send(session, event.at_ns + round(turn.tool_gap_ms * _NS_PER_MS))
+            arrival_ns = self._start_ns + round((program.turns[session.turn_index].arrival_ms or 0.0) * _NS_PER_MS)
+            self._call_at(max(event.at_ns + round(turn.tool_gap_ms * _NS_PER_MS), arrival_ns), session)
         else:
             self._program_done(program, event.at_ns)
 
     def _program_done(self, program: Program, now_ns: int) -> None:
-        for index in self._dependents.get(program.program_id, ()):
+        for index, gap_ns in self._dependents.get(program.program_id, ()):
+            self._earliest_ns[index] = max(self._earliest_ns[index], now_ns + gap_ns)
             self._num_missing[index] -= 1
             if self._num_missing[index] == 0:
                 heapq.heappush(self._ready, index)
@@ -219,7 +322,7 @@ class _Orchestrator:
 
     # ---- batches ----
 
-    def _span(self, batch: Batch, output: BatchOutput) -> BatchSpan:
+    def _span(self, instance: int, batch: Batch, output: BatchOutput) -> BatchSpan:
         num_tokens = {WorkClass.COLD_PREFILL: 0, WorkClass.RESUME_PREFILL: 0, WorkClass.DECODE: 0}
         for chunk in batch.chunks:
             num_tokens[chunk.work_class] += chunk.num_tokens
@@ -233,4 +336,5 @@ class _Orchestrator:
             num_cold_tokens=num_tokens[WorkClass.COLD_PREFILL],
             num_resume_tokens=num_tokens[WorkClass.RESUME_PREFILL],
             cold_program_ids=tuple(request_id.rpartition("/")[0] for request_id in cold),
+            instance=instance,
         )

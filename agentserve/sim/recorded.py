@@ -1,19 +1,21 @@
-"""A recording of a daemon as a workload: the same arrivals and numbers of tokens, on any engine or device."""
+"""A recording of a daemon: its traffic as a workload for any engine or device, and what the clients saw of it."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentserve.core.events import SubmitRequest
 from agentserve.errors import WorkloadError
-from agentserve.runtime.recording import Recording
+from agentserve.runtime.recording import Header, Recording
+from agentserve.sim.metrics import TurnRecord
+from agentserve.sim.prefixes import group_prefixes
 from agentserve.sim.programs import Program, Turn, Workload
+from agentserve.sim.records import Notes
 
 _NS_PER_MS = 1e6
-_MIN_PREFIX_TOKENS = 16
-"""Prompts that begin alike for fewer tokens share nothing that a cache of usual block size could keep."""
 
 
 @dataclass(slots=True)
@@ -22,57 +24,131 @@ class _Call:
 
     command: SubmitRequest
     arrival_ns: int
-    num_output_tokens: int = 0
-    end_ns: int = 0
-    """When its last token was there."""
+    token_ns: list[int] = field(default_factory=list)
+    """When each token was there."""
+    num_cached_tokens: int | None = None
+    """At its first admission."""
+    is_done: bool = False
+    """With look-ahead, tokens may be computed for a request that has ended."""
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ns)
+
+    @property
+    def end_ns(self) -> int:
+        return self.token_ns[-1]
 
     @property
     def num_tokens(self) -> int:
         return len(self.command.prompt_token_ids) + self.num_output_tokens
 
 
-def recording_workload(path: Path, *, seed: int = 0) -> Workload:
-    """Reads a recording as an open-loop workload.
+@dataclass(frozen=True, slots=True)
+class RecordedTraffic:
+    """What a recording says."""
+
+    header: Header
+    """How the daemon's engine was built."""
+    workload: Workload
+    """The same traffic, to be sent again."""
+    records: tuple[TurnRecord, ...]
+    """How it went, in the order of the ends; times count from the first arrival. A call is sent when the engine takes
+    it up: what the HTTP side needed is not in it."""
+
+
+def read_recording(path: Path, *, seed: int = 0) -> RecordedTraffic:
+    """Reads a recording as an open-loop workload, with its header and its measurements.
 
     A request whose prompt continues the prompt and output of an earlier request of the same agent and session is the
     next turn of its program; the time between them is the tool gap. All others start a program when they arrived.
     First prompts that begin with the same tokens (and have the same cache salt) get a common prefix. Requests that
-    got no token are left out. The prompts themselves are drawn anew from `seed`.
+    got no token are left out, and the notes count them. The prompts themselves are drawn anew from `seed`.
 
     Raises RecordingError if the file cannot be read, WorkloadError if no request in it got a token.
     """
-    chains = _chains(_calls(path))
+    recording = Recording(path)
+    calls = _calls(recording)
+    chains = _chains([call for call in calls if call.token_ns])
     if not chains:
         raise WorkloadError(f"{path}: expected at least one request that got a token")
-    prefixes = _prefixes([chain[0].command for chain in chains])
-    start_ns = chains[0][0].arrival_ns
+    start_ns = min(chain[0].arrival_ns for chain in chains)
     programs = []
-    for index, (chain, (prefix_id, prefix_tokens)) in enumerate(zip(chains, prefixes, strict=True)):
+    records: list[TurnRecord] = []
+    prefixes = group_prefixes((c[0].command.cache_salt, c[0].command.prompt_token_ids) for c in chains)
+    for index, (chain, (prefix_id, num_prefix_tokens)) in enumerate(zip(chains, prefixes, strict=True)):
+        program_id = f"recorded-{index:04d}"
         programs.append(
             Program(
-                program_id=f"recorded-{index:04d}",
-                turns=_turns(chain),
+                program_id,
+                _turns(chain),
                 prefix_id=prefix_id,
-                prefix_tokens=prefix_tokens,
+                prefix_tokens=num_prefix_tokens,
                 arrival_ms=(chain[0].arrival_ns - start_ns) / _NS_PER_MS,
             )
         )
-    return Workload("recording", tuple(programs), None, seed, f"{len(programs)} recorded conversations")
+        records += _records(program_id, chain, start_ns)
+    records.sort(key=lambda record: (record.finished_ns, record.program_id))
+    notes = Notes()
+    notes.add("requests got no token and are left out", sum(not call.token_ns for call in calls))
+    description = f"{len(programs)} recorded conversations"
+    workload = Workload("recording", tuple(programs), None, seed, description, notes.lines())
+    return RecordedTraffic(recording.header, workload, tuple(records))
 
 
-def _calls(path: Path) -> list[_Call]:
-    """The requests that got at least one token, in the order of arrival."""
+def recording_workload(path: Path, *, seed: int = 0) -> Workload:
+    """The workload of `read_recording`. Raises what that raises."""
+    return read_recording(path, seed=seed).workload
+
+
+def _calls(recording: Recording) -> list[_Call]:
+    """All requests, in the order of arrival."""
     calls: dict[str, _Call] = {}
-    for step in Recording(path).steps():
+    for step in recording.steps():
         for output in step.completions:
             for sample in output.samples:
-                if sample.request_id in calls:
-                    calls[sample.request_id].num_output_tokens += 1
-                    calls[sample.request_id].end_ns = step.now_ns
+                call = calls.get(sample.request_id)
+                if call is not None and not call.is_done:
+                    call.token_ns.append(step.now_ns)
         for command in step.commands:
             if isinstance(command, SubmitRequest):
                 calls[command.request_id] = _Call(command, step.now_ns)
-    return [call for call in calls.values() if call.num_output_tokens]
+        for line in step.decisions:
+            _book(line, calls)
+    return list(calls.values())
+
+
+def _book(line: str, calls: dict[str, _Call]) -> None:
+    """Takes `admit ID cached=640/1000` and `finish ID ...` of the decision log; of admissions the first."""
+    kind, _, rest = line.partition(" ")
+    if kind not in {"admit", "finish"}:
+        return
+    request_id, _, details = rest.partition(" ")
+    call = calls.get(request_id)
+    if call is None:
+        return
+    if kind == "finish":
+        call.is_done = True
+    elif call.num_cached_tokens is None:
+        call.num_cached_tokens = int(details.removeprefix("cached=").partition("/")[0])
+
+
+def _records(program_id: str, chain: Sequence[_Call], start_ns: int) -> list[TurnRecord]:
+    return [
+        TurnRecord(
+            program_id=program_id,
+            turn_index=index,
+            role="agent",
+            num_turns=len(chain),
+            num_prompt_tokens=len(call.command.prompt_token_ids),
+            num_cached_tokens=call.num_cached_tokens,
+            num_output_tokens=call.num_output_tokens,
+            sent_ns=call.arrival_ns - start_ns,
+            token_ns=tuple(at_ns - start_ns for at_ns in call.token_ns),
+            finished_ns=call.end_ns - start_ns,
+        )
+        for index, call in enumerate(chain)
+    ]
 
 
 def _chains(calls: list[_Call]) -> list[list[_Call]]:
@@ -106,22 +182,3 @@ def _turns(chain: list[_Call]) -> tuple[Turn, ...]:
         turns.append(Turn(len(call.command.prompt_token_ids) - num_history, call.num_output_tokens, gap_ms))
         num_history = call.num_tokens
     return tuple(turns)
-
-
-def _prefixes(commands: list[SubmitRequest]) -> list[tuple[str | None, int]]:
-    """For each first prompt the group whose first prompt it begins like, and for how many tokens; (None, 0) if alone.
-
-    Each prompt is compared with the first one of its group only: that is linear, and exact for one system prompt.
-    """
-    leaders: dict[tuple[str | None, tuple[int, ...]], int] = {}
-    shared = [0] * len(commands)
-    groups: list[int] = []
-    for index, command in enumerate(commands):
-        prompt = command.prompt_token_ids
-        leader = leaders.setdefault((command.cache_salt, prompt[:_MIN_PREFIX_TOKENS]), index)
-        groups.append(leader)
-        if leader != index and len(prompt) >= _MIN_PREFIX_TOKENS:
-            pairs = zip(prompt, commands[leader].prompt_token_ids, strict=False)
-            shared[index] = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            shared[leader] = max(shared[leader], shared[index])
-    return [(f"prefix-{g:04d}", n) if n else (None, 0) for g, n in zip(groups, shared, strict=True)]

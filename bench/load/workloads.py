@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentserve.sim.programs import Workload, load_programs
-from agentserve.sim.recorded import recording_workload
+from agentserve.sim.formats import detect_format, load_workload
+from agentserve.sim.programs import Workload
 from agentserve.sim.workloads import WORKLOADS, make_workload
 from bench.load.endpoint import NamedWorkload
 from bench.load.errors import BenchError
@@ -21,7 +21,7 @@ class WorkloadSpec:
     """What a workload is made with. None: what the workload has by itself."""
 
     name: str
-    """One of `WORKLOADS`, or a file: programs as JSON lines, or a daemon's recording."""
+    """One of `WORKLOADS`, or a file of any of the simulator's formats: programs, a daemon's recording, a trace."""
     agents: int | None = None
     programs: int | None = None
     scale: float | None = None
@@ -80,26 +80,25 @@ class WorkloadSpec:
             raise BenchError(f"{self.name} is neither a file nor a workload; there are {', '.join(WORKLOADS)}")
         if any(value is not None for value in (self.programs, self.scale, self.rate)):
             raise BenchError(f"{self.name}: programs, scale and rate are for named workloads; a file says it all")
-        if _is_recording(path):
-            if self.agents is not None:
-                raise BenchError(f"{self.name}: a recording has arrival times; leave the number of agents out")
-            workload = recording_workload(path, seed=seed)
-            return NamedWorkload(f"{path.name} ({len(workload.programs)} programs)", workload)
-        programs = load_programs(path)
-        agents = self.agents
-        if agents is None and all(program.arrival_ms is None for program in programs):
-            agents = 1
-        workload = Workload(path.stem, programs, agents, seed, f"programs of {path.name}")
+        is_recording = detect_format(path) == "recording"
+        if is_recording and self.agents is not None:
+            raise BenchError(f"{self.name}: a recording has arrival times; leave the number of agents out")
+        workload = load_workload(path, num_agents=self.agents, seed=seed)
+        if self.agents is None and not any(program.arrival_ms is not None for program in workload.programs):
+            workload = dataclasses.replace(workload, num_agents=1)
+        _check_linear(self.name, workload)
+        agents, count = workload.num_agents, len(workload.programs)
+        if is_recording:
+            return NamedWorkload(f"{path.name} ({count} programs)", workload)
         how = "open loop" if agents is None else f"{agents} agent{'s' * (agents != 1)}"
-        return NamedWorkload(f"{path.name} ({how}, {len(programs)} programs)", workload)
+        return NamedWorkload(f"{path.name} ({how}, {count} programs)", workload)
 
 
-def _is_recording(path: Path) -> bool:
-    """A file of programs has `turns` in its first line, a recording does not. Raises BenchError."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            line = next((line for line in file if line.strip()), "{}")
-            value = json.loads(line)
-            return isinstance(value, dict) and "turns" not in value
-    except (OSError, ValueError) as error:
-        raise BenchError(f"cannot read {path}: {error}") from None
+def _check_linear(name: str, workload: Workload) -> None:
+    """A live server gets words, and its own answers come back to it. Raises BenchError for what that cannot express."""
+    for program in workload.programs:
+        if not program.is_linear:
+            raise BenchError(
+                f"{name}: program {program.program_id!r} has block_ids, keep_tokens, dependency_gaps_ms or a turn with "
+                "an arrival_ms; only the simulator can run those"
+            )

@@ -68,7 +68,7 @@ def test_every_variant_is_a_configuration_and_a_command_line() -> None:
         assert server_of(variant.key).command[-len(variant.options) :] == (
             variant.options or server_of("predictive").command
         )
-    assert set(COMPARED) | {"no-slots"} == set(VARIANTS)
+    assert set(COMPARED) | {"cap", "no-slots"} == set(VARIANTS)
 
 
 def test_the_plan_runs_each_once() -> None:

@@ -155,6 +155,12 @@ def test_workloads_on_the_command_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(BenchError, match=message):
             WorkloadSpec.parse(text).make(0)
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 5, "input_length": 9, "output_length": 2, "hash_ids": [4]}', encoding="utf-8")
+    with pytest.raises(BenchError, match=r"program 'request-00000' has block_ids, .*only the simulator can run those"):
+        WorkloadSpec.parse(str(trace)).make(0)
+    trace.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n0.5,40,2\n", encoding="utf-8")
+    assert WorkloadSpec.parse(str(trace)).make(0).title == "trace.jsonl (open loop, 1 programs)"
 
 
 async def test_load_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

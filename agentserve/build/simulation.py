@@ -1,0 +1,275 @@
+"""Engines on simulated hardware: for `agentserve simulate`, for figures and for tests. Needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
+from agentserve.config import ControlConfig, EngineConfig
+from agentserve.core.costmodel import CostModel
+from agentserve.errors import ConfigError, WorkloadError
+from agentserve.executors.simulated.executor import SimulatedExecutor
+from agentserve.models.registry import resolve_model
+from agentserve.profiles import load_profile
+from agentserve.runtime.recording import Header
+from agentserve.runtime.replay import build_core
+from agentserve.runtime.virtual import VirtualDriver
+from agentserve.sim.cells import Cell, flag
+from agentserve.sim.cluster import Cluster, Instance, Link
+from agentserve.sim.formats import FORMATS, detect_format, load_workload
+from agentserve.sim.hardware import Hardware
+from agentserve.sim.orchestrator import simulate
+from agentserve.sim.programs import Workload
+from agentserve.sim.recorded import RecordedTraffic, read_recording
+from agentserve.sim.report import result_of
+from agentserve.sim.router import build_router
+from agentserve.sim.specs import WorkloadSpec
+from agentserve.sim.sweep import Plan, Result
+from agentserve.sim.workloads import WORKLOADS
+
+DEFAULT_GPU = "rtx-5090"
+_VOCABULARY = range(100, 1000)
+"""Synthetic outputs; prompts are made of other tokens."""
+_MAX_BATCHES = 2000
+"""Batches that a result keeps: more than a figure can show."""
+_ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_CONTROL = ("controller", "slots", "tpot_target_ms")
+_ENGINE = ("scheduler", "max_num_seqs", "max_num_batched_tokens", "prefill_chunk")
+_LINK_GB_PER_S = 12.0
+
+
+# ---- engines ----
+
+
+def load_hardware(
+    profile: str = DEFAULT_GPU, model: str = SIMULATED_DEFAULT_MODEL, dtype: str = "bfloat16"
+) -> Hardware:
+    """A device and a model on it. Raises ConfigError or ModelError if either is not known."""
+    device = load_profile(profile)
+    source = resolve_model(model)
+    if source.config is None:
+        raise ConfigError(f"the shape of {model} is not known, so its timing cannot be simulated")
+    shape = model_shape(source.config, _ELEMENT_SIZES[dtype])
+    return Hardware(device, shape, source.name, source.config.max_position_embeddings)
+
+
+def build_instance(header: Header) -> Instance:
+    """A core as the header says, on simulated hardware of its own.
+
+    Raises ConfigError if the header has no profile of the device or no shape of the model.
+    """
+    if header.device is None or header.model_shape is None:
+        raise ConfigError("there is no profile of the device and the model, so timing cannot be simulated")
+    config = header.config
+    executor = SimulatedExecutor(
+        CostModel(header.device, header.model_shape),
+        num_blocks=config.num_blocks,
+        block_size=config.block_size,
+        vocabulary=_VOCABULARY,
+        lookahead=config.decode_lookahead,
+    )
+    return Instance(build_core(header), executor)
+
+
+def build_driver(header: Header) -> VirtualDriver:
+    """One such engine on a clock of its own. Raises what `build_instance` raises."""
+    return VirtualDriver(*build_instance(header))
+
+
+# ---- plans ----
+
+
+def make_plans(cells: tuple[Cell, ...]) -> list[Plan]:
+    """What each cell simulates; everything that can be refused is refused here.
+
+    Raises ConfigError, ModelError, WorkloadError or RecordingError.
+    """
+    planner = _Planner()
+    return [planner.plan(cell) for cell in cells]
+
+
+class _Planner:
+    """Reads each file once."""
+
+    def __init__(self) -> None:
+        self._recording = functools.cache(_read_recording)
+        self._workload = functools.cache(_make_workload)
+
+    def plan(self, cell: Cell) -> Plan:
+        spec = _spec(cell)
+        traffic = self._recording(spec, cell.format, cell.seed)
+        workload = traffic.workload if traffic is not None else self._workload(spec, cell.format, cell.seed)
+        if cell.tools is not None:
+            workload = _with_tools(workload, cell.tools, cell.seed)
+        title = cell.workload if spec.path is None else spec.path.name
+        if traffic is not None and cell.gpu is None and cell.profile is None and cell.model is None:
+            header = _recorded_header(cell, traffic.header)
+            assert header.device is not None
+            conditions = f"simulated timing, {header.device.description} as recorded, {header.model}"
+        else:
+            hardware = _hardware(cell, None if traffic is None else traffic.header)
+            config = _engine_config(cell, hardware, None if traffic is None else traffic.header.config)
+            header, conditions = hardware.header(config), hardware.conditions
+        _check_control(cell, header.config)
+        shape = header.model_shape
+        assert shape is not None
+        return Plan(
+            cell=cell,
+            header=header,
+            workload=workload,
+            title=title,
+            conditions=conditions,
+            overload=cell.overload or "wait",
+            overload_calls=cell.overload_calls or header.config.max_num_seqs,
+            link=Link((cell.link_gb_per_s or _LINK_GB_PER_S) * 1e9, kv_bytes_per_token=shape.kv_bytes_per_token),
+            recorded=None if traffic is None else traffic.records,
+            notes=_notes(workload, header),
+        )
+
+
+def _spec(cell: Cell) -> WorkloadSpec:
+    """The workload with the options of the cell. Raises ConfigError for one that is said twice or does not apply."""
+    spec = WorkloadSpec.parse(cell.workload)
+    values = {}
+    for name in ("agents", "programs", "scale", "rate"):
+        value = getattr(cell, name)
+        if value is not None and getattr(spec, name) is not None:
+            raise ConfigError(f"{flag(name)} {value}: {cell.workload} says {name}, too")
+        values[name] = getattr(spec, name) if value is None else value
+    spec = dataclasses.replace(spec, **values)
+    if spec.path is None:
+        if cell.format is not None:
+            raise ConfigError(f"--format is for files, and {spec.name} is a named workload")
+        return spec
+    if not spec.path.is_file():
+        raise WorkloadError(f"{spec.name} is neither a file nor a workload; there are {', '.join(WORKLOADS)}")
+    if any(value is not None for value in (spec.programs, spec.scale, spec.rate)):
+        raise ConfigError(f"{spec.name}: programs, scale and rate are for named workloads; a file says it all")
+    if cell.format is not None and cell.format not in FORMATS:
+        raise ConfigError(f"--format: must be one of {', '.join(FORMATS)}, not {cell.format!r}")
+    return spec
+
+
+def _read_recording(spec: WorkloadSpec, file_format: str | None, seed: int) -> RecordedTraffic | None:
+    """None for what is no recording."""
+    path = spec.path
+    if path is None or (file_format or detect_format(path)) != "recording":
+        return None
+    if spec.agents is not None:
+        raise ConfigError(f"{path}: a recording has arrival times; leave the number of agents out")
+    return read_recording(path, seed=seed)
+
+
+def _make_workload(spec: WorkloadSpec, file_format: str | None, seed: int) -> Workload:
+    path = spec.path
+    if path is None:
+        return spec.make(seed)
+    workload = load_workload(path, format=file_format or "auto", num_agents=spec.agents, seed=seed)
+    is_timed = any(program.arrival_ms is not None for program in workload.programs)
+    # Programs that all start at once are hardly what a file without times means.
+    return workload if is_timed or spec.agents is not None else dataclasses.replace(workload, num_agents=1)
+
+
+def _with_tools(workload: Workload, profile: str, seed: int) -> Workload:
+    from agentserve.sim.tools import load_tool_profile, with_tool_times
+
+    return with_tool_times(workload, load_tool_profile(profile), seed)
+
+
+def _hardware(cell: Cell, recorded: Header | None) -> Hardware:
+    """The device and model of the cell; what it does not say is as in the recording."""
+    if cell.gpu is not None and cell.profile is not None:
+        raise ConfigError("--gpu and --profile are two devices; give one of them")
+    model = cell.model or (recorded.model if recorded else SIMULATED_DEFAULT_MODEL)
+    hardware = load_hardware(cell.profile or cell.gpu or DEFAULT_GPU, model, cell.dtype or "bfloat16")
+    if recorded is None:
+        return hardware
+    if cell.gpu is None and cell.profile is None:
+        if recorded.device is None:
+            raise ConfigError("the recording has no profile of its device: --gpu or --profile gives one")
+        hardware = dataclasses.replace(hardware, profile=recorded.device)
+    if cell.model is None and cell.dtype is None and recorded.model_shape is not None:
+        hardware = dataclasses.replace(hardware, shape=recorded.model_shape)
+    return hardware
+
+
+def _engine_config(cell: Cell, hardware: Hardware, recorded: EngineConfig | None) -> EngineConfig:
+    """The configuration of the cell on this hardware; what it does not say is as recorded, else as in the daemon."""
+    block_size = cell.block_size or (recorded.block_size if recorded else 16)
+    num_blocks = hardware.num_blocks(block_size, cell.kv_cache_memory)
+    window = cell.max_model_len or (recorded.max_model_len if recorded else hardware.trained_window)
+    base = recorded or EngineConfig(num_blocks=num_blocks, max_model_len=2)
+    if recorded is not None:
+        # The target was set for the device that was recorded.
+        base = dataclasses.replace(base, control=dataclasses.replace(base.control, tpot_target_ns=None))
+    if cell.max_model_len is None:
+        window = min(window, num_blocks * block_size)
+    return dataclasses.replace(
+        base, num_blocks=num_blocks, block_size=block_size, max_model_len=window, **_engine_options(cell, base.control)
+    )
+
+
+def _recorded_header(cell: Cell, header: Header) -> Header:
+    """The header of a recording with the options of the cell."""
+    if header.device is None or header.model_shape is None:
+        raise ConfigError("the recording has no profile of its device: --gpu or --profile gives one")
+    if cell.dtype is not None:
+        raise ConfigError("--dtype needs --model: the recording has the sizes of its model only")
+    config = header.config
+    block_size, num_blocks = cell.block_size or config.block_size, config.num_blocks
+    if cell.kv_cache_memory is not None:
+        num_blocks = cell.kv_cache_memory // (header.model_shape.kv_bytes_per_token * block_size)
+    elif block_size != config.block_size:
+        num_blocks = config.num_blocks * config.block_size // block_size
+    changes: dict[str, Any] = _engine_options(cell, config.control)
+    if cell.max_model_len is not None:
+        changes["max_model_len"] = cell.max_model_len
+    changed = dataclasses.replace(config, num_blocks=num_blocks, block_size=block_size, **changes)
+    return dataclasses.replace(header, config=changed, executor="simulated")
+
+
+def _engine_options(cell: Cell, control: ControlConfig) -> dict[str, Any]:
+    """What the cell says of the engine, as fields of EngineConfig."""
+    changes: dict[str, Any] = {}
+    if cell.controller is not None:
+        changes["controller"] = cell.controller
+    if cell.slots is not None:
+        changes["slots"] = cell.slots
+    if cell.tpot_target_ms is not None:
+        changes["tpot_target_ns"] = max(1, round(cell.tpot_target_ms * 1e6))
+    options = {name: getattr(cell, name) for name in _ENGINE if getattr(cell, name) is not None}
+    return {**options, "control": dataclasses.replace(control, **changes)}
+
+
+def _check_control(cell: Cell, config: EngineConfig) -> None:
+    for name in _CONTROL:
+        if getattr(cell, name) is not None and config.scheduler != "lanes":
+            raise ConfigError(f"{flag(name)} needs --scheduler lanes: {config.scheduler} has no controller")
+
+
+def _notes(workload: Workload, header: Header) -> tuple[str, ...]:
+    notes = list(workload.notes)
+    window = header.config.max_model_len
+    num_long = sum(program.num_context_tokens > window for program in workload.programs)
+    if num_long:
+        notes.append(
+            f"{num_long} of {len(workload.programs)} programs need more than the window of {window} tokens: calls that "
+            "do not fit fail, as in the daemon (--max-model-len widens it)"
+        )
+    return tuple(notes)
+
+
+# ---- runs ----
+
+
+def run_plan(plan: Plan, on_turn: Callable[[], None] = lambda: None) -> Result:
+    """Simulates a plan. The same plan gives the same result, in any process. Raises EngineError if the engine stops."""
+    cell = plan.cell
+    router = build_router(cell.router, overload=plan.overload, overload_calls=plan.overload_calls)
+    instances = [build_instance(plan.header) for _ in range(cell.instances)]
+    cluster = Cluster(instances, router, plan.link)
+    run = simulate(plan.workload, cluster, max_batches=_MAX_BATCHES, on_turn=on_turn)
+    return result_of(plan, run, cluster.counts)

@@ -1,0 +1,155 @@
+"""What one simulation is asked for, as options of the command line, and the cross product of lists of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from agentserve.config import (
+    CONTROLLERS,
+    SCHEDULERS,
+    SLOTS,
+    choice,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    size_bytes,
+)
+from agentserve.errors import ConfigError
+from agentserve.sim.router import OVERLOADS, ROUTERS
+from agentserve.sim.specs import split_list
+
+
+def _option(parse: Callable[[str], Any], section: str, help_text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"parse": parse, "section": section, "help": help_text})
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The options of one simulation. None: what the recording says, else what the daemon or the workload does."""
+
+    workload: str = _option(
+        str,
+        "workload",
+        "a name, with options as in react:agents=4,scale=0.3, or a file: programs or a recording",
+        "react",
+    )
+    format: str | None = _option(str, "workload", "format of a file of programs (default: its content tells)")
+    agents: int | None = _option(positive_int, "workload", "programs that run at once")
+    programs: int | None = _option(positive_int, "workload", "number of programs of a named workload")
+    scale: float | None = _option(positive_float, "workload", "factor on the prompt lengths of a named workload")
+    rate: float | None = _option(positive_float, "workload", "programs a second, Poisson, instead of a closed loop")
+    tools: str | None = _option(str, "workload", "profile of tool times that replaces those of the workload")
+    seed: int = _option(non_negative_int, "workload", "of the workload, its prompts and tool times", 0)
+    gpu: str | None = _option(str, "device", "GPU whose timing is simulated (default: rtx-5090)")
+    profile: str | None = _option(str, "device", "profile written by `agentserve profile`, instead of --gpu")
+    model: str | None = _option(str, "device", "model that is served (default: qwen2.5-7b)")
+    dtype: str | None = _option(
+        choice("bfloat16", "float16", "float32"), "device", "data type of weights and KV (default: bfloat16)"
+    )
+    kv_cache_memory: int | None = _option(size_bytes, "device", "memory for the KV cache of each instance")
+    block_size: int | None = _option(positive_int, "device", "tokens in a KV block (default: 16)")
+    max_model_len: int | None = _option(positive_int, "device", "window in tokens (default: the model's, if it fits)")
+    instances: int = _option(positive_int, "instances", "engines behind the router, each on a device of its own", 1)
+    router: str = _option(choice(*ROUTERS), "instances", "which instance gets a call", "session_affinity")
+    overload: str | None = _option(
+        choice(*OVERLOADS),
+        "instances",
+        "session_affinity: what to do when a session's home is overloaded (default: wait)",
+    )
+    overload_calls: int | None = _option(
+        positive_int, "instances", "session_affinity: calls in flight that are an overload (default: --max-num-seqs)"
+    )
+    link_gb_per_s: float | None = _option(
+        positive_float, "instances", "move: gigabytes a second between instances (default: 12)"
+    )
+    scheduler: str | None = _option(choice(*SCHEDULERS), "engine", "as in `serve` (default: lanes)")
+    controller: str | None = _option(choice(*CONTROLLERS), "engine", "as in `serve` (default: predictive)")
+    slots: str | None = _option(choice(*SLOTS), "engine", "as in `serve` (default: auto)")
+    tpot_target_ms: float | None = _option(
+        positive_float, "engine", "target time between tokens (default: twice that of a stream alone)"
+    )
+    max_num_seqs: int | None = _option(positive_int, "engine", "requests that run at once (default: 16)")
+    max_num_batched_tokens: int | None = _option(positive_int, "engine", "tokens in one batch at most (default: 2048)")
+    prefill_chunk: int | None = _option(
+        positive_int, "engine", "static, reactive: prompt tokens in one batch of the prefill lane (default: 256)"
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """All options by name."""
+        return dataclasses.asdict(self)
+
+
+_NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "controller": ("scheduler", "lanes"),
+        "slots": ("scheduler", "lanes"),
+        "tpot_target_ms": ("scheduler", "lanes"),
+        "overload": ("router", "session_affinity"),
+        "overload_calls": ("router", "session_affinity"),
+        "link_gb_per_s": ("overload", "move"),
+    }
+)
+"""Options that mean something only beside a value of another one."""
+
+
+def flag(name: str) -> str:
+    """The option as it is typed."""
+    return "--" + name.replace("_", "-")
+
+
+def expand(texts: Mapping[str, str]) -> tuple[Cell, ...]:
+    """The cross product of all lists, the last option changing fastest, each combination once.
+
+    Args:
+        texts: option name to what was typed: a value, or several with commas between them.
+
+    An option that means nothing beside a value of another one, such as a controller beside a scheduler without one, is
+    left out of those combinations. Raises ConfigError that names the option for a wrong value, for a value that occurs
+    twice, and for an option that means nothing in any combination.
+    """
+    values = {
+        option.name: _values(option, texts[option.name]) for option in dataclasses.fields(Cell) if option.name in texts
+    }
+    cells = [Cell(**dict(zip(values, combination, strict=True))) for combination in itertools.product(*values.values())]
+    kept = tuple(dict.fromkeys(_without_idle(cell) for cell in cells))
+    for name in values:
+        if name in _NEEDS and all(getattr(cell, name) is None for cell in kept):
+            other, value = _NEEDS[name]
+            raise ConfigError(f"{flag(name)} needs {flag(other)} {value}")
+    return kept
+
+
+def varying(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Names of the options in which the cells differ, in the order of the options."""
+    return tuple(
+        option.name for option in dataclasses.fields(Cell) if len({getattr(cell, option.name) for cell in cells}) > 1
+    )
+
+
+def _values(option: dataclasses.Field[Any], text: str) -> list[Any]:
+    values = []
+    for item in split_list(text):
+        try:
+            values.append(option.metadata["parse"](item.strip()))
+        except ConfigError as error:
+            raise ConfigError(f"{flag(option.name)}: {error}") from None
+        if not item.strip():
+            raise ConfigError(f"{flag(option.name)}: there is an empty value in {text!r}")
+    if len(set(values)) < len(values):
+        raise ConfigError(f"{flag(option.name)}: a value occurs twice in {text!r}")
+    return values
+
+
+def _without_idle(cell: Cell) -> Cell:
+    for name, (other, value) in _NEEDS.items():
+        found = getattr(cell, other)
+        # The scheduler may come from a recording: whether it has a controller is seen when that is read.
+        if found != value and not (other == "scheduler" and found is None):
+            changes: dict[str, Any] = {name: None}
+            cell = dataclasses.replace(cell, **changes)
+    return cell

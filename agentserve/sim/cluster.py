@@ -1,0 +1,237 @@
+"""Several engine instances on one virtual clock, behind a router.
+
+Time always advances to the earliest thing that happens anywhere: a batch that ends, a timer of a core, a call that
+arrives, a transfer that is done. Instances wait in a heap by the time of their next event, so that a step costs
+O(log n) for n instances beside what the instance itself does.
+
+All that happens in one moment is taken together: first the calls of that moment are routed, with what was in flight
+before it, then each instance concerned makes one step of its core, in the order of their numbers. So a cluster of one
+instance does exactly what `VirtualDriver` does.
+
+Moving KV. The daemon has no transport between instances, so this part is a model, and it goes through the same
+`MemoryManager` as everything else. When the call is sent, the cached prefix is locked at its home. Its bytes beyond
+what the target has cached already travel at the link's bandwidth after its latency, one transfer after the other into
+each target. Then the target takes blocks for them, which may evict others, and marks them as computed: what the memory
+manager does for a request whose prefill is done. Only then is the call delivered. If the target has no memory for them,
+or is just computing the same prefix, the copy is lost: it counts as failed, and the call computes its prompt. Not
+modelled: blocks that are set aside while the bytes travel, and the load on the device's memory.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from agentserve.core.batch import BatchOutput
+from agentserve.core.clock import VirtualClock
+from agentserve.core.engine import EngineCore, StepResult
+from agentserve.core.events import RequestFinished, SubmitRequest
+from agentserve.core.executor import Executor
+from agentserve.core.memory.manager import AllocationOutcome, MemoryManager, PrefixLock
+from agentserve.errors import ConfigError, EngineError
+from agentserve.sim.router import Loads, Reason, Router
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What KV moves over between instances. Raises ConfigError for values that cannot be."""
+
+    bandwidth_bytes_per_s: float = 12e9
+    """About what a copy between two cards over PCIe 4.0 x16 through the host reaches; an estimate."""
+    latency_ns: int = 20_000
+    kv_bytes_per_token: int = 0
+    """Of the model that all instances serve."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.bandwidth_bytes_per_s < float("inf") or min(self.latency_ns, self.kv_bytes_per_token) < 0:
+            raise ConfigError("a link needs a bandwidth above 0, and a latency and sizes that are not negative")
+
+    def duration_ns(self, num_bytes: int) -> int:
+        """How long so many bytes are under way."""
+        return self.latency_ns + round(num_bytes * 1e9 / self.bandwidth_bytes_per_s)
+
+
+class Instance(NamedTuple):
+    """One engine: a control plane and what runs its batches. Both must be idle."""
+
+    core: EngineCore
+    executor: Executor
+
+
+class InstanceStep(NamedTuple):
+    """One step of one core."""
+
+    instance: int
+    completions: Sequence[BatchOutput]
+    """The batches that had finished by then."""
+    result: StepResult
+
+
+@dataclass(slots=True)
+class RoutingCounts:
+    """What a router did, and what came of the transfers it asked for."""
+
+    reasons: Counter[Reason] = field(default_factory=Counter)
+    num_moved_tokens: int = 0
+    """Tokens whose KV was copied and is cached at the target."""
+    moved_bytes: int = 0
+    num_failed_moves: int = 0
+    """Copies for which the target had no room in the end."""
+
+    def to_json(self) -> dict[str, object]:
+        """Plain dictionaries and numbers, in a fixed order."""
+        return {
+            "placements": {reason.value: self.reasons[reason] for reason in Reason if self.reasons[reason]},
+            "num_moved_tokens": self.num_moved_tokens,
+            "moved_bytes": self.moved_bytes,
+            "num_failed_moves": self.num_failed_moves,
+        }
+
+
+class _Transfer(NamedTuple):
+    """KV on its way, and the call that waits for it."""
+
+    command: SubmitRequest
+    source: int
+    target: int
+    lock: PrefixLock
+    num_bytes: int
+
+
+class Cluster:
+    """Runs calls on several instances. Deterministic: the same calls at the same times give the same steps."""
+
+    def __init__(self, instances: Sequence[Instance], router: Router, link: Link | None = None) -> None:
+        """`link`: needed if the router moves KV. Raises ConfigError for no instances."""
+        if not instances:
+            raise ConfigError("a cluster needs at least one instance")
+        self.clock = VirtualClock()
+        self.counts = RoutingCounts()
+        self._instances = tuple(instances)
+        self._router = router
+        self._link = link
+        self._loads = Loads(len(instances))
+        self._placed: dict[str, tuple[int, int]] = {}  # request under way: its instance and its prompt tokens
+        self._link_free_ns = [0] * len(instances)
+        self._due: list[tuple[int, int, SubmitRequest | _Transfer]] = []
+        self._sequence = itertools.count()
+        self._wakes: list[tuple[int, int]] = []  # outdated entries stay until they are met
+        self._wake_of: list[int | None] = [None] * len(instances)
+
+    @property
+    def cores(self) -> tuple[EngineCore, ...]:
+        """The control planes, by instance."""
+        return tuple(instance.core for instance in self._instances)
+
+    def at(self, at_ns: int, command: SubmitRequest) -> None:
+        """Schedules a call; it is routed then. Calls of the same time keep their order. ValueError for the past."""
+        if at_ns < self.clock.now_ns():
+            raise ValueError(f"{at_ns} lies in the past")
+        heapq.heappush(self._due, (at_ns, next(self._sequence), command))
+
+    def step(self) -> list[InstanceStep] | None:
+        """Jumps to the next moment at which something happens; returns the steps made, None when all is done.
+
+        Raises EngineError if requests are unfinished and nothing will ever wake their engine.
+        """
+        now_ns = self._next_ns()
+        if now_ns is None:
+            if any(instance.core.has_unfinished for instance in self._instances):
+                raise EngineError("requests are unfinished, but nothing will ever wake their engine")
+            return None
+        self.clock.advance_to(now_ns)
+        commands = self._deliver(now_ns)
+        concerned = set(commands)
+        while self._wakes and self._wakes[0][0] <= now_ns:
+            wake_ns, instance = heapq.heappop(self._wakes)
+            if self._wake_of[instance] == wake_ns:
+                concerned.add(instance)
+        return [self._step(instance, now_ns, commands.get(instance, ())) for instance in sorted(concerned)]
+
+    def _next_ns(self) -> int | None:
+        while self._wakes and self._wake_of[self._wakes[0][1]] != self._wakes[0][0]:
+            heapq.heappop(self._wakes)
+        known = [heap[0][0] for heap in (self._wakes, self._due) if heap]
+        return max(min(known), self.clock.now_ns()) if known else None
+
+    def _step(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> InstanceStep:
+        core, executor = self._instances[index]
+        completions = executor.poll(now_ns)
+        result = core.step(now_ns, completions, commands)
+        for event in result.events:
+            if isinstance(event, RequestFinished):
+                self._loads.ended(*self._placed.pop(event.request_id))
+        for batch in result.batches:
+            executor.submit(batch, now_ns)
+        wakes = [wake for wake in (executor.next_completion_ns(), core.next_deadline_ns()) if wake is not None]
+        self._wake_of[index] = wake_ns = min(wakes, default=None)
+        if wake_ns is not None:
+            heapq.heappush(self._wakes, (wake_ns, index))
+        return InstanceStep(index, completions, result)
+
+    # ---- calls and their ways ----
+
+    def _deliver(self, now_ns: int) -> dict[int, list[SubmitRequest]]:
+        """The calls that arrive at each instance by now."""
+        commands: dict[int, list[SubmitRequest]] = {}
+        while self._due and self._due[0][0] <= now_ns:
+            item = heapq.heappop(self._due)[2]
+            if isinstance(item, _Transfer):
+                self._arrived(item)
+                commands.setdefault(item.target, []).append(item.command)
+                continue
+            target = self._route(item, now_ns)
+            if target is not None:
+                commands.setdefault(target, []).append(item)
+        return commands
+
+    def _route(self, command: SubmitRequest, now_ns: int) -> int | None:
+        """The instance that gets the call now; None if its KV has to travel first."""
+        placement = self._router.route(command.session_id or command.request_id, self._loads)
+        num_tokens = len(command.prompt_token_ids)
+        self.counts.reasons[placement.reason] += 1
+        self._loads.sent(placement.instance, num_tokens)
+        self._placed[command.request_id] = (placement.instance, num_tokens)
+        if placement.source is None or not self._depart(command, placement.source, placement.instance, now_ns):
+            return placement.instance
+        return None
+
+    def _depart(self, command: SubmitRequest, source: int, target: int, now_ns: int) -> bool:
+        """Starts to copy what `source` has cached of the prompt and `target` has not; False if that is nothing."""
+        if self._link is None:
+            raise ConfigError("the router moves KV, but the cluster has no link")
+        tokens, salt = command.prompt_token_ids, command.cache_salt
+        lock = self._memory(source).lock(tokens, salt=salt)
+        num_tokens = lock.num_tokens - self._memory(target).match_prefix(tokens, salt=salt).num_tokens
+        if num_tokens <= 0:
+            self._memory(source).unlock(lock)
+            return False
+        num_bytes = num_tokens * self._link.kv_bytes_per_token
+        start_ns = max(now_ns, self._link_free_ns[target])
+        end_ns = self._link_free_ns[target] = start_ns + self._link.duration_ns(num_bytes)
+        transfer = _Transfer(command, source, target, lock, num_bytes)
+        heapq.heappush(self._due, (end_ns, next(self._sequence), transfer))
+        return True
+
+    def _arrived(self, transfer: _Transfer) -> None:
+        """Books a copy at its target, for nobody: from then on it is cached and may be evicted."""
+        command, memory = transfer.command, self._memory(transfer.target)
+        tokens = command.prompt_token_ids[: transfer.lock.num_tokens]
+        before = memory.match_prefix(command.prompt_token_ids, salt=command.cache_salt).num_tokens
+        # The name is that of the call, which is delivered right after this.
+        allocation = memory.allocate(command.request_id, tokens, salt=command.cache_salt)
+        if allocation.outcome is AllocationOutcome.ALLOCATED:
+            memory.commit(command.request_id, tokens, len(tokens))
+            memory.free(command.request_id)
+            self.counts.num_moved_tokens += max(0, len(tokens) - before)
+            self.counts.moved_bytes += transfer.num_bytes
+        else:
+            self.counts.num_failed_moves += 1
+        self._memory(transfer.source).unlock(transfer.lock)
+
+    def _memory(self, instance: int) -> MemoryManager:
+        return self._instances[instance].core.memory
