@@ -22,13 +22,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from agentserve.core.batch import Batch, Lane
+from agentserve.core.batch import BatchShape, Lane
 from agentserve.core.device import Contention, DeviceProfile
-from agentserve.core.request import WorkClass
 from agentserve.core.slots import PartitionKind, SlotPartition
 from agentserve.errors import ConfigError
 
 __all__ = ["BatchShape", "Contention", "CostModel", "DeviceProfile", "ModelShape", "Sample"]
+
+# Looking up a member of an enumeration costs as much as a call.
+_DECODE = Lane.DECODE
+_SPLIT = PartitionKind.SPLIT
+_CAP = PartitionKind.CAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,63 +56,6 @@ class ModelShape:
             raise ConfigError("a model needs weights, layers and heads")
         if min(self.num_head_parameters, self.kv_bytes_per_token, self.attention_flops_per_pair) < 0:
             raise ConfigError("sizes of a model must not be negative")
-
-
-@dataclass(frozen=True, slots=True)
-class BatchShape:
-    """What the cost of a batch depends on."""
-
-    num_decodes: int = 0
-    """Sequences of which one token is decoded."""
-    num_decode_context: int = 0
-    """Sum over the decodes of the tokens that they attend to, themselves included."""
-    num_prefill_chunks: int = 0
-    num_prefill_tokens: int = 0
-    num_prefill_context: int = 0
-    """Sum over the prefill chunks of the tokens whose KV is read or written: the end of the chunk."""
-    num_prefill_pairs: int = 0
-    """Sum over the chunks of n * start + n * (n + 1) / 2: each token looks at what is before it and at itself."""
-    num_samples: int = 0
-    """Tokens that pass through the output head: all decodes, and the last token of each prompt that is finished."""
-    num_prefill_longest: int = 0
-    """Largest end of a prefill chunk. 0 stands for `num_prefill_context`, which it is if there is one chunk."""
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_decodes + self.num_prefill_tokens
-
-    @classmethod
-    def of(cls, batch: Batch) -> BatchShape:
-        num_decodes = decode_context = num_samples = 0
-        num_chunks = num_tokens = prefill_context = num_pairs = longest = 0
-        for chunk in batch.chunks:
-            num_samples += chunk.sample is not None
-            if chunk.work_class is WorkClass.DECODE:
-                num_decodes += 1
-                decode_context += chunk.end
-                continue
-            n = chunk.num_tokens
-            num_chunks += 1
-            num_tokens += n
-            prefill_context += chunk.end
-            num_pairs += n * chunk.start + n * (n + 1) // 2
-            longest = max(longest, chunk.end)
-        return cls(
-            num_decodes, decode_context, num_chunks, num_tokens, prefill_context, num_pairs, num_samples, longest
-        )
-
-    def with_prefill(self, num_tokens: int, start: int = 0) -> BatchShape:
-        """This shape and one more prefill chunk, of a prompt that is not finished by it."""
-        return BatchShape(
-            self.num_decodes,
-            self.num_decode_context,
-            self.num_prefill_chunks + 1,
-            self.num_prefill_tokens + num_tokens,
-            self.num_prefill_context + start + num_tokens,
-            self.num_prefill_pairs + num_tokens * start + num_tokens * (num_tokens + 1) // 2,
-            self.num_samples,
-            max(self.num_prefill_longest or self.num_prefill_context, start + num_tokens),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +114,15 @@ class CostModel:
 
     def duration_ns(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> int:
         """Predicted duration in a lane of a partition; `co_running`: the other lane is busy meanwhile."""
-        units = partition.decode_units if lane is Lane.DECODE else partition.prefill_units
+        units = partition.decode_units if lane is _DECODE else partition.prefill_units
+        return self.stretched_ns(self.work_ns(shape, units), self.contention(lane, partition) if co_running else 1.0)
+
+    def stretched_ns(self, work_ns: float, contention: float) -> int:
+        """The duration of a batch with so much work (see `work_ns`) under contention."""
+        return round(work_ns * contention + self._overhead_ns)
+
+    def work_ns(self, shape: BatchShape, units: int) -> float:
+        """What `units` compute units need for a batch, without overheads and a neighbour."""
         rates = self._rates.get(units)
         if rates is None:
             rates = self._rates[units] = _Rates(self.device, self.model, units)
@@ -183,15 +138,13 @@ class CostModel:
             duration += self._tiled_attention(shape, rates, shape.num_decodes)
         else:
             duration += self._decode_attention(shape, rates) + self._tiled_attention(shape, rates, 0)
-        if co_running:
-            duration *= self.contention(lane, partition)
-        return round(duration + self._overhead_ns)
+        return duration
 
     def contention(self, lane: Lane, partition: SlotPartition) -> float:
         """Factor on a batch's time in this lane while the other lane is busy."""
         factors = self.device.contention
         overlap = overlap_of(lane, partition)
-        if lane is Lane.DECODE:
+        if lane is _DECODE:
             return factors.decode_split + (factors.decode_shared - factors.decode_split) * overlap
         return factors.prefill_split + (factors.prefill_shared - factors.prefill_split) * overlap
 
@@ -250,8 +203,8 @@ class CostModel:
 
 def overlap_of(lane: Lane, partition: SlotPartition) -> float:
     """Which part of a lane's units the other lane uses as well, from 0 (split) to 1."""
-    if partition.kind is PartitionKind.SPLIT:
+    if partition.kind is _SPLIT:
         return 0.0
-    if partition.kind is PartitionKind.CAP and lane is Lane.DECODE:
+    if partition.kind is _CAP and lane is _DECODE:
         return partition.prefill_units / partition.decode_units
     return 1.0

@@ -9,7 +9,6 @@ from agentserve.config import EngineConfig
 from agentserve.core.batch import Batch, BatchOutput, Lane, ScheduledChunk, TokenSample
 from agentserve.core.controllers import Controller
 from agentserve.core.events import (
-    BatchScheduled,
     Command,
     EngineEvent,
     PrefillProgress,
@@ -30,11 +29,8 @@ class StepResult:
     """What a step did, in order."""
 
     events: tuple[EngineEvent, ...]
-
-    @property
-    def batches(self) -> tuple[Batch, ...]:
-        """The batches that the driver must hand to the executor now, in this order."""
-        return tuple(event.batch for event in self.events if isinstance(event, BatchScheduled))
+    batches: tuple[Batch, ...]
+    """What the driver must hand to the executor now, in this order: the batches of the `BatchScheduled` events."""
 
 
 class EngineCore:
@@ -47,6 +43,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, table: PartitionTable, controller: Controller | None) -> None:
         """`controller`: only the scheduler `lanes` has one."""
         self.config = config
+        self._max_model_len = config.max_model_len
         self.memory = MemoryManager(
             config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
@@ -85,8 +82,8 @@ class EngineCore:
                 self._submit(command, now_ns, events)
             else:
                 self._end(command.request_id, command.reason, now_ns, events)
-        self._scheduler.schedule(now_ns, events)
-        return StepResult(tuple(events))
+        batches = self._scheduler.schedule(now_ns, events)
+        return StepResult(tuple(events), tuple(batches))
 
     # ---- commands ----
 
@@ -130,15 +127,16 @@ class EngineCore:
         self._num_batches[output.lane] += 1
         samples = {sample.request_id: sample for sample in output.samples}
         for chunk in batch.chunks:
-            request = self._requests.get(chunk.request_id)
+            request_id = chunk.request_id
+            request = self._requests.get(request_id)
             if request is None:  # it ended with a token that was not known when this batch was made
-                self._scheduler.drained(chunk.request_id)
+                self._scheduler.drained(request_id)
                 continue
-            request.in_flight = chunk.request_id in still_flying
+            request.in_flight = request_id in still_flying
             if output.error is not None:
                 self._finish(request, FinishReason.ERROR, now_ns, events, output.error)
             else:
-                self._advance(request, chunk, samples.get(chunk.request_id), now_ns, events)
+                self._advance(request, chunk, samples.get(request_id), now_ns, events)
 
     def _advance(
         self,
@@ -150,33 +148,32 @@ class EngineCore:
     ) -> None:
         """Books a chunk that was computed and the token that was sampled behind it."""
         assert (sample is None) == (chunk.sample is None), f"wrong samples for {chunk.request_id}"
-        was_prefilling = request.is_prefilling
-        request.num_computed_tokens = chunk.end
-        self.memory.commit(request.request_id, request.token_ids, chunk.end)
+        request_id = request.request_id
+        end = chunk.start + len(chunk.token_ids)
+        was_prefilling = request.num_computed_tokens < request.prefill_target
+        request.num_computed_tokens = end
+        self.memory.commit(request_id, request.token_ids, end)
         if was_prefilling:
             self._num_computed_prefill_tokens += chunk.num_tokens
-            self._scheduler.prefix_moved(request.request_id)
+            self._scheduler.prefill_advanced(request)
         if request.finish_after_flight is not None:
             self._finish(request, request.finish_after_flight, now_ns, events)
             return
         if was_prefilling:
-            events.append(PrefillProgress(request.request_id, now_ns, chunk.end, request.prefill_target))
-        if sample is not None:
-            self._append(request, sample, now_ns, events)
-
-    def _append(self, request: Request, sample: TokenSample, now_ns: int, events: list[EngineEvent]) -> None:
-        output_index = request.num_output_tokens
-        request.token_ids.append(sample.token_id)
+            events.append(PrefillProgress(request_id, now_ns, end, request.prefill_target))
+        if sample is None:
+            return
+        token_ids, params = request.token_ids, request.sampling
+        token_ids.append(sample.token_id)
+        num_outputs = len(token_ids) - request.num_prompt_tokens
         self._num_generated_tokens += 1
         if request.first_token_ns is None:
             request.first_token_ns = now_ns
         request.last_token_ns = now_ns
-        events.append(TokenGenerated(request.request_id, now_ns, sample, output_index))
-        params = request.sampling
-        num_outputs = output_index + 1
+        events.append(TokenGenerated(request_id, now_ns, sample, num_outputs - 1))
         if sample.token_id in params.stop_token_ids and num_outputs > params.min_tokens:
             self._finish(request, FinishReason.STOP, now_ns, events)
-        elif num_outputs >= params.max_tokens or len(request.token_ids) >= self.config.max_model_len:
+        elif num_outputs >= params.max_tokens or len(token_ids) >= self._max_model_len:
             self._finish(request, FinishReason.LENGTH, now_ns, events)
 
     def _finish(

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from agentserve.core.batch import Batch, TokenSample
 from agentserve.core.controllers import Decision
+from agentserve.core.records import record
 from agentserve.core.request import FinishReason, SamplingParams
 
 # ---- commands ----
@@ -66,7 +67,7 @@ class PrefillProgress:
     num_total_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TokenGenerated:
     request_id: str
     at_ns: int
@@ -111,7 +112,7 @@ class RequestFinished:
     """A sentence for the user when `reason` is ERROR."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BatchScheduled:
     """A batch was handed to a lane."""
 

@@ -111,15 +111,18 @@ class Request:
     """Prefixes are shared only between requests of the same salt."""
 
     status: RequestStatus = RequestStatus.WAITING
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(init=False)
     """Prompt and output, in order."""
+    num_prompt_tokens: int = field(init=False)
+    needs_history: bool = field(init=False)
+    """Of `sampling`: whether the sampler must see the tokens so far."""
     num_computed_tokens: int = 0
     """Tokens whose KV is in blocks. While a batch is in flight this is the count before it."""
     num_cached_tokens: int = 0
     """Prompt tokens that were found in the prefix cache at the *first* admission: what `usage` reports."""
     num_cached_at_admission: int = 0
     """The same for the latest admission (they differ after a preemption)."""
-    prefill_target: int = 0
+    prefill_target: int = field(init=False)
     """Tokens to compute before the next one is sampled: prompt, plus output so far after a preemption."""
     in_flight: bool = False
     """Whether a batch with it is in flight; there may be two, if the scheduler looked ahead."""
@@ -134,15 +137,12 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
-        self.prefill_target = len(self.prompt_token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.prompt_token_ids)
+        self.num_prompt_tokens = self.prefill_target = len(self.prompt_token_ids)
+        self.needs_history = self.sampling.needs_history
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - len(self.prompt_token_ids)
+        return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_prefilling(self) -> bool:

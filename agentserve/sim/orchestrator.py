@@ -16,7 +16,6 @@ from random import Random
 
 from agentserve.core.batch import Batch, BatchOutput, Lane
 from agentserve.core.clock import VirtualClock
-from agentserve.core.costmodel import BatchShape
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import BatchScheduled, RequestFinished, SubmitRequest, TokenGenerated
 from agentserve.core.request import FinishReason, SamplingParams, WorkClass
@@ -332,7 +331,7 @@ class _Orchestrator:
             partition=batch.partition.label,
             started_ns=output.started_ns - self._start_ns,
             finished_ns=output.finished_ns - self._start_ns,
-            num_decodes=BatchShape.of(batch).num_decodes,
+            num_decodes=batch.shape.num_decodes,
             num_cold_tokens=num_tokens[WorkClass.COLD_PREFILL],
             num_resume_tokens=num_tokens[WorkClass.RESUME_PREFILL],
             cold_program_ids=tuple(request_id.rpartition("/")[0] for request_id in cold),

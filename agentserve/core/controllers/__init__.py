@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from agentserve.core.batch import Batch
 from agentserve.core.costmodel import BatchShape
+from agentserve.core.records import record
 from agentserve.core.slots import SlotPartition
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ControlSignal:
     """What a controller may look at. Counts are those of the moment before scheduling."""
 
@@ -35,7 +35,7 @@ class ControlSignal:
     """Whether another batch of that lane is to follow at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BatchObservation:
     """A batch that is done."""
 
@@ -52,7 +52,7 @@ class BatchObservation:
     """The other lane was idle from its start to its end."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Decision:
     """What a controller returns.
 

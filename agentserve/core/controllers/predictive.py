@@ -7,39 +7,48 @@ default and split on a predicted violation is DuetServe's rule (section 4), of w
 resumes may ride in the batches of the decodes or go to the prefill lane, which does not have to wait for the end of a
 batch that is running.
 
+A longer chunk never makes a batch shorter, so not every option has to be looked at; the plan is the same.
+
 Predictions are corrected by what was measured, per way of sharing. A change of partition must promise more than the
 hysteresis.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from bisect import bisect_right
 
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
 from agentserve.core.controllers.correction import Corrections, Mode
 from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.records import record
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
+# Looking up a member of an enumeration costs as much as a call.
+_PREFILL, _DECODE = Lane.PREFILL, Lane.DECODE
 _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _NEAR_END = 3
 """A chunk of the prefill lane that takes no longer than this multiple of the target is never too long: so near may the
 next batch boundary be."""
 _FAR_END, _MUCH_BETTER = 6, 1.1
 """Up to this multiple if that promises so much more: a device that is fast only with long chunks gets them."""
+_LEAST_SLOWDOWN = 1.4
+"""Decodes may always be slowed down this much: a batch that misses the target by itself is no reason to read
+nothing."""
 _MIN_PREFILL_SHARE = 0.25
 """Options that leave prefill less than this share of its lone rate are not taken while there are others: a queue of
 prompts that grows without bound helps nobody's time per token in the end."""
-_LEAST_SLOWDOWN = 1.4
-"""Decodes may always be slowed down this much: a batch that misses the target by itself is no reason to read nothing."""
 _MAX_AGE = 8
 """Decisions for which a plan is kept while the work stays alike."""
 _CONTEXT_STEP = 256
 """A plan is kept while the context of the decodes grows by less than this per sequence."""
+_UNDECIDED = -1
+"""A budget that is not needed to compare an option with others."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Option:
     """A way to share the device, and what is predicted of it."""
 
@@ -47,6 +56,50 @@ class Option:
     tpot_ns: float
     prefill_rate: float
     """Prompt tokens per second."""
+
+
+class _DecodeWorks:
+    """The work of decode batches with resumes, kept while a plan is made.
+
+    Partitions that give the decode lane the same units differ only in what the other lane does to it.
+    """
+
+    def __init__(self, cost: CostModel, signal: ControlSignal) -> None:
+        self._cost = cost
+        self._decodes = signal.decodes
+        self._start = signal.riding_start
+        self._known: dict[tuple[int, int], float] = {}
+
+    def get(self, units: int, num_resume_tokens: int) -> float:
+        """Nanoseconds, as `CostModel.work_ns` has them."""
+        work_ns = self._known.get((units, num_resume_tokens))
+        if work_ns is None:
+            work_ns = self._cost.work_ns(self._decodes.with_prefill(num_resume_tokens, self._start), units)
+            self._known[units, num_resume_tokens] = work_ns
+        return work_ns
+
+
+class _Merit:
+    """How good options are; smaller is better.
+
+    By how much a target is missed, then what matters among those that meet it. `needed_rate` is in prompt tokens per
+    second; None if nothing is asked of it.
+    """
+
+    def __init__(self, target_ns: float, needed_rate: float | None) -> None:
+        self._target_ns = target_ns
+        self._needed_rate = needed_rate
+
+    def __call__(self, option: Option) -> tuple[float, float]:
+        missed = self.missed(option)
+        if self._needed_rate is None:
+            return (missed, -option.prefill_rate)
+        # In time is early enough: then the smoother stream is the better one.
+        return (max(missed, self._needed_rate / option.prefill_rate), option.tpot_ns)
+
+    def missed(self, option: Option) -> float:
+        """The time between two tokens in targets, at least 1. It alone bounds the first part of the merit."""
+        return max(option.tpot_ns / self._target_ns, 1.0)
 
 
 class PredictiveController:
@@ -61,6 +114,8 @@ class PredictiveController:
         self._hysteresis = config.control.hysteresis
         limit = config.max_num_batched_tokens
         self._chunks = tuple(c for c in _CHUNKS if c <= limit) or (limit,)
+        least, most = config.control.min_resume_budget, config.control.max_resume_budget
+        self._budgets = (least, *(c for c in self._chunks if least < c <= most))
         slots = config.control.slots
         self._shared = {
             "auto": (*table.splits, *table.caps, table.stream),
@@ -71,6 +126,7 @@ class PredictiveController:
         self._corrections = Corrections()
         self._lane_chunks = {p: self._lane_chunk(p, p.kind is not PartitionKind.WHOLE) for p in self._shared}
         self._lone_chunk = self._lane_chunk(table.whole, co_running=False)
+        self._lone_decision = Decision(table.whole, self._lone_chunk, self._lone_chunk)
         self._plan: Option | None = None
         self._planned_for: tuple[int, bool, bool, bool, int] | None = None
         self._age = 0
@@ -90,7 +146,7 @@ class PredictiveController:
         if signal.decodes.num_decodes == 0:
             # Nobody waits for a next token.
             self._planned_for = None
-            return Decision(self._table.whole, self._lone_chunk, self._lone_chunk)
+            return self._lone_decision
         if self._plan is not None and signal.num_resume_tokens + signal.num_prefill_tokens == 0:
             return self._plan.decision  # there is nothing to share the device with
         key = (
@@ -110,22 +166,19 @@ class PredictiveController:
     # ---- options ----
 
     def _choose(self, signal: ControlSignal) -> Option:
-        options = self.options(signal)
-        needed_rate = self._needed_rate(signal)
-        target_ns = self._target_for(signal)
+        merit = _Merit(self._target_for(signal), self._needed_rate(signal))
         floor = _MIN_PREFILL_SHARE * self._lone_rate(signal)
-        fast_enough = [o for o in options if o.prefill_rate >= floor] or [max(options, key=lambda o: o.prefill_rate)]
+        wait_ns = self._wait_ns(signal)
+        options = [*self._best_turns(signal, wait_ns, floor, merit), *self._two_lanes(signal, wait_ns)]
+        fast_enough = [option for option in options if option.prefill_rate >= floor]
+        if not fast_enough:
+            fast_enough = [max(self.options(signal), key=lambda option: option.prefill_rate)]
+        return self._with_budget(self._best(fast_enough, merit), signal)
 
-        def merit(option: Option) -> tuple[float, float]:
-            """Smaller is better: by how much a target is missed, then what matters among those that meet it."""
-            missed = max(option.tpot_ns / target_ns, 1.0)
-            if self._ttft_target_ns is None:
-                return (missed, -option.prefill_rate)
-            # In time is early enough: then the smoother stream is the better one.
-            return (max(missed, needed_rate / option.prefill_rate), option.tpot_ns)
-
-        best = min(fast_enough, key=merit)
-        present = min((o for o in fast_enough if self._is_present(o)), key=merit, default=None)
+    def _best(self, options: list[Option], merit: _Merit) -> Option:
+        """The one with the most merit, unless the present partition has hardly less."""
+        best = min(options, key=merit)
+        present = min((o for o in options if self._is_present(o)), key=merit, default=None)
         if present is None or present is best:
             return best
         missed_alike = merit(present)[0] <= merit(best)[0] * (1.0 + self._hysteresis / 2)
@@ -133,44 +186,76 @@ class PredictiveController:
             return present
         return best
 
+    def _is_present(self, option: Option) -> bool:
+        return self._plan is not None and option.decision.partition == self._plan.decision.partition
+
     def _target_for(self, signal: ControlSignal) -> float:
         """The target, or what prompts may slow these decodes down to in any case, if that is more."""
         alone_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
         return max(float(self._target_ns), _LEAST_SLOWDOWN * alone_ns)
 
-    def _is_present(self, option: Option) -> bool:
-        return self._plan is not None and option.decision.partition == self._plan.decision.partition
-
     def options(self, signal: ControlSignal) -> list[Option]:
         """All ways to share the device with this work."""
-        found = [self._turns(signal, chunk) for chunk in self._chunks]
-        if signal.num_prefill_tokens > 0:
-            found += [self._side_by_side(signal, partition) for partition in self._shared]
-        elif signal.num_resume_tokens > 0:
-            found += [self._apart(signal, partition) for partition in self._shared]
+        wait_ns = self._wait_ns(signal)
+        turns = [self._turns(signal, chunk, wait_ns) for chunk in self._chunks]
+        return [self._with_budget(option, signal) for option in (*turns, *self._two_lanes(signal, wait_ns))]
+
+    def _best_turns(self, signal: ControlSignal, wait_ns: float | None, floor: float, merit: _Merit) -> list[Option]:
+        """Taking turns, without chunks that cannot be better than a shorter one."""
+        found: list[Option] = []
+        least = math.inf
+        for chunk in self._chunks:
+            option = self._turns(signal, chunk, wait_ns)
+            if merit.missed(option) > least:
+                break  # longer ones miss the target by no less
+            found.append(option)
+            if option.prefill_rate >= floor:
+                least = min(least, merit(option)[0])
+            if chunk >= _pending(signal):
+                break  # longer ones make the same batch
         return found
 
-    def _turns(self, signal: ControlSignal, chunk: int) -> Option:
+    def _two_lanes(self, signal: ControlSignal, wait_ns: float | None) -> list[Option]:
+        if signal.num_prefill_tokens > 0:
+            works = _DecodeWorks(self._cost, signal)
+            return [self._side_by_side(signal, partition, wait_ns, works) for partition in self._shared]
+        if signal.num_resume_tokens > 0:
+            return [self._apart(signal, partition) for partition in self._shared]
+        return []
+
+    def _turns(self, signal: ControlSignal, chunk: int, wait_ns: float | None) -> Option:
         """Everything in one lane, on the whole device."""
-        pending = signal.num_prefill_tokens + signal.num_resume_tokens
+        pending = _pending(signal)
         chunk_now = min(chunk, max(pending, 1))
         shape = signal.decodes.with_prefill(chunk_now, signal.prefill_start or signal.riding_start)
         tpot_ns = self._predict_tpot(shape, self._table.whole, False)
-        rate = self._delayed(signal, chunk_now * 1e9 / tpot_ns, pending)
+        rate = _delayed(wait_ns, chunk_now * 1e9 / tpot_ns, pending)
         return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, rate)
 
-    def _side_by_side(self, signal: ControlSignal, partition: SlotPartition) -> Option:
+    def _side_by_side(
+        self, signal: ControlSignal, partition: SlotPartition, wait_ns: float | None, works: _DecodeWorks
+    ) -> Option:
         """Cold and long prompts in the prefill lane; short resumes, and who waits for that lane, with the decodes."""
         chunk = self._lane_chunks[partition]
         rate = self._lane_rate(partition, min(chunk, signal.num_prefill_tokens), signal.prefill_start)
-        budget, tpot_ns = self._resume_budget(signal, partition)
-        shares = tpot_ns <= self._target_ns
-        riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
-        if riding > 0:
-            rate += self._delayed(signal, min(budget, riding) * 1e9 / tpot_ns, riding)
-        else:
-            tpot_ns = self._predict_tpot(signal.decodes, partition, True)
-        return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
+        if signal.num_resume_tokens + signal.num_waiting_prefill_tokens > 0:
+            budget, tpot_ns = self._resume_budget(partition, works)
+            shares = tpot_ns <= self._target_ns
+            riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
+            if riding > 0:
+                rate += _delayed(wait_ns, min(budget, riding) * 1e9 / tpot_ns, riding)
+                return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
+        tpot_ns = self._predict_tpot(signal.decodes, partition, True)
+        return Option(Decision(partition, _UNDECIDED, chunk), tpot_ns, rate)
+
+    def _with_budget(self, option: Option, signal: ControlSignal) -> Option:
+        """The option with the budget for resumes that may come, which did not matter as long as there are none."""
+        partition, chunk = option.decision.partition, option.decision.prefill_chunk
+        if option.decision.resume_budget != _UNDECIDED:
+            return option
+        budget, tpot_ns = self._resume_budget(partition, _DecodeWorks(self._cost, signal))
+        decision = Decision(partition, budget, chunk, tpot_ns <= self._target_ns)
+        return Option(decision, option.tpot_ns, option.prefill_rate)
 
     def _apart(self, signal: ControlSignal, partition: SlotPartition) -> Option:
         """Short resumes in the prefill lane, which nobody else needs, and nothing but decodes in the other one."""
@@ -181,30 +266,29 @@ class PredictiveController:
     def _lane_rate(self, partition: SlotPartition, num_tokens: int, start: int) -> float:
         """Prompt tokens per second of the prefill lane beside a busy decode lane."""
         shape = BatchShape().with_prefill(num_tokens, start)
-        return num_tokens * 1e9 / self._predict(shape, Lane.PREFILL, partition, True)
+        return num_tokens * 1e9 / self._predict(shape, _PREFILL, partition, True)
 
-    def _delayed(self, signal: ControlSignal, rate: float, num_tokens: int) -> float:
-        """The rate of prompts that ride with the decodes, given that they wait for what runs there now."""
+    def _wait_ns(self, signal: ControlSignal) -> float | None:
+        """How long prompts that ride with the decodes wait for what runs there now; None if that lane is idle."""
         if signal.decode_running_ns is None:
-            return rate
+            return None
         batch_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
-        wait_ns = max(0.0, batch_ns - signal.decode_running_ns) + (batch_ns if signal.decode_is_ahead else 0.0)
-        return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens else rate
+        return max(0.0, batch_ns - signal.decode_running_ns) + (batch_ns if signal.decode_is_ahead else 0.0)
 
-    def _resume_budget(self, signal: ControlSignal, partition: SlotPartition) -> tuple[int, float]:
-        """The most resume tokens in a decode batch that keep the target, at least the configured minimum."""
-        control = self._config.control
-        found: tuple[int, float] | None = None
-        for budget in (control.min_resume_budget, *self._chunks):
-            if not control.min_resume_budget <= budget <= control.max_resume_budget:
-                continue
-            shape = signal.decodes.with_prefill(budget, signal.riding_start)
-            tpot_ns = self._predict_tpot(shape, partition, True)
-            if found is not None and tpot_ns > self._target_ns:
-                break
-            found = (budget, tpot_ns)
-        assert found is not None
-        return found
+    def _resume_budget(self, partition: SlotPartition, works: _DecodeWorks) -> tuple[int, float]:
+        """The most resume tokens in a decode batch that keep the target, at least the configured minimum.
+
+        And the time between two tokens with so many.
+        """
+        contention = self._cost.contention(_DECODE, partition)
+        factor = self._corrections.high_factor((_DECODE, partition.kind, True))
+        gap_ns, units = self._corrections.gap_ns, partition.decode_units
+
+        def tpot_ns(budget: int) -> float:
+            return self._cost.stretched_ns(works.get(units, budget), contention) * factor + gap_ns
+
+        budget = self._budgets[bisect_right(self._budgets, float(self._target_ns), lo=1, key=tpot_ns) - 1]
+        return budget, tpot_ns(budget)
 
     # ---- predictions ----
 
@@ -214,31 +298,32 @@ class PredictiveController:
 
     def _predict_tpot(self, shape: BatchShape, partition: SlotPartition, co_running: bool) -> float:
         """Time between two tokens with batches of this shape, as most of them will keep it."""
-        predicted_ns = self._cost.duration_ns(shape, Lane.DECODE, partition, co_running)
-        mode = self._mode(Lane.DECODE, partition, shape)
+        predicted_ns = self._cost.duration_ns(shape, _DECODE, partition, co_running)
+        mode = self._mode(_DECODE, partition, shape)
         return predicted_ns * self._corrections.high_factor(mode) + self._corrections.gap_ns
 
     @staticmethod
     def _mode(lane: Lane, partition: SlotPartition, shape: BatchShape) -> Mode:
         """What shares a correction."""
-        return (lane.value, partition.kind.value, bool(shape.num_decodes and shape.num_prefill_tokens))
+        return (lane, partition.kind, bool(shape.num_decodes and shape.num_prefill_tokens))
 
     def _lone_rate(self, signal: ControlSignal) -> float:
         prefill = BatchShape().with_prefill(self._lone_chunk, signal.prefill_start)
-        return self._lone_chunk * 1e9 / self._predict(prefill, Lane.PREFILL, self._table.whole, False)
+        return self._lone_chunk * 1e9 / self._predict(prefill, _PREFILL, self._table.whole, False)
 
-    def _needed_rate(self, signal: ControlSignal) -> float:
-        """Prompt tokens per second that bring the first token of the oldest prompt in time."""
-        if self._ttft_target_ns is None or signal.oldest_prefill_arrival_ns is None:
+    def _needed_rate(self, signal: ControlSignal) -> float | None:
+        """Prompt tokens per second that bring the first token of the oldest prompt in time; None: no such target."""
+        if self._ttft_target_ns is None:
+            return None
+        if signal.oldest_prefill_arrival_ns is None:
             return 0.0
         left_ns = signal.oldest_prefill_arrival_ns + self._ttft_target_ns - signal.now_ns
-        pending = signal.num_prefill_tokens + signal.num_resume_tokens
-        return pending * 1e9 / max(left_ns, self._target_ns)
+        return _pending(signal) * 1e9 / max(left_ns, self._target_ns)
 
     def _lane_chunk(self, partition: SlotPartition, co_running: bool) -> int:
         """The longest chunk whose end is near: longer ones are no slower per token, and need fewer batches."""
         durations = {
-            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), Lane.PREFILL, partition, co_running)
+            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), _PREFILL, partition, co_running)
             for chunk in self._chunks
         }
 
@@ -248,3 +333,13 @@ class PredictiveController:
 
         near, far = longest(_NEAR_END), longest(_FAR_END)
         return far if far / durations[far] > _MUCH_BETTER * near / durations[near] else near
+
+
+def _pending(signal: ControlSignal) -> int:
+    """Prompt tokens that wait for any lane."""
+    return signal.num_prefill_tokens + signal.num_resume_tokens
+
+
+def _delayed(wait_ns: float | None, rate: float, num_tokens: int) -> float:
+    """The rate of `num_tokens` that wait so long before they go at `rate`."""
+    return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens and wait_ns is not None else rate

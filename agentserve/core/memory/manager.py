@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from agentserve.core.memory.block import BlockPool
+from agentserve.core.memory.holding import NEVER, Holding, Holdings
 from agentserve.core.memory.radix import EvictionKey, RadixNode, RadixTree, lru_key
 from agentserve.errors import ConfigError
 
@@ -49,34 +50,6 @@ class PrefixLock:
     num_tokens: int
 
 
-class _Holding:
-    """The blocks of one request.
-
-        block_ids  b0 b1 b2 b3 b4      one for every block of tokens, computed or not
-        path       n0 n1 n2            the nodes it holds, from the root down
-
-    Block *i* is private unless `path[i]` exists and says the same block id. (It says another one if someone else
-    published the same tokens first.) Nodes before `num_ready_blocks` are ready.
-    """
-
-    __slots__ = ("block_ids", "block_ids_tuple", "num_computed_tokens", "num_ready_blocks", "path", "salt")
-
-    def __init__(self, salt: str | None, path: list[RadixNode], num_cached_tokens: int) -> None:
-        self.salt = salt
-        self.path = path
-        self.block_ids = [node.block_id for node in path]
-        self.block_ids_tuple: tuple[int, ...] | None = None
-        self.num_ready_blocks = len(path)
-        self.num_computed_tokens = num_cached_tokens
-
-    @property
-    def last_node(self) -> RadixNode | None:
-        return self.path[-1] if self.path else None
-
-    def is_private(self, index: int) -> bool:
-        return index >= len(self.path) or self.path[index].block_id != self.block_ids[index]
-
-
 class MemoryManager:
     """Paged KV blocks with a radix tree of cached prefixes over them.
 
@@ -110,7 +83,7 @@ class MemoryManager:
         self._caching = enable_prefix_caching
         self._pool = BlockPool(num_blocks)
         self._tree = RadixTree(block_size, eviction_key)
-        self._holdings: dict[str, _Holding] = {}
+        self._holdings = Holdings()
         self._locks: dict[int, list[RadixNode]] = {}
         self._last_lock_id = 0
 
@@ -172,25 +145,29 @@ class MemoryManager:
         for node in path:
             self._tree.acquire(node)
         self._evict_until_free(num_new)
-        holding = _Holding(salt, path, num_cached_tokens)
+        holding = Holding(salt, path, num_cached_tokens)
         holding.block_ids += self._pool.take(num_new)
+        holding.capacity = num_needed * self.block_size
         self._holdings[request_id] = holding
         if self._caching:
+            holding.publish_at = num_cached_tokens + self.block_size
             self._register_pending(request_id, holding, token_ids)
         return Allocation(AllocationOutcome.ALLOCATED, num_cached_tokens=num_cached_tokens)
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens in total. False, and nothing changed, if there are not enough blocks."""
-        block_ids = self._holding(request_id).block_ids
-        num_new = self._ceil_blocks(num_tokens) - len(block_ids)
-        if num_new <= 0:
+        holding = self._holdings[request_id]
+        if num_tokens <= holding.capacity:
             return True
+        block_ids = holding.block_ids
+        num_new = self._ceil_blocks(num_tokens) - len(block_ids)
         if self.num_available_blocks < num_new:
             return False
         self._evict_until_free(num_new)
         for _ in range(num_new):
             block_ids.append(self._pool.take_after(block_ids[-1]))
-        self._holdings[request_id].block_ids_tuple = None
+        holding.block_ids_tuple = None
+        holding.capacity = len(block_ids) * self.block_size
         return True
 
     def commit(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
@@ -202,31 +179,39 @@ class MemoryManager:
         Raises ValueError if the count falls, exceeds `token_ids` or the blocks, or if tokens differ from the admitted
         ones.
         """
-        holding = self._holding(request_id)
-        limit = min(len(token_ids), len(holding.block_ids) * self.block_size)
-        if not holding.num_computed_tokens <= num_computed_tokens <= limit:
+        holding = self._holdings[request_id]
+        if not (
+            holding.num_computed_tokens <= num_computed_tokens <= holding.capacity
+            and num_computed_tokens <= len(token_ids)
+        ):
             raise ValueError(
                 f"request {request_id!r}: {num_computed_tokens} computed tokens are not between "
-                f"{holding.num_computed_tokens} (before) and {limit} (tokens and blocks there are)"
+                f"{holding.num_computed_tokens} (before) and {min(len(token_ids), holding.capacity)} "
+                "(tokens and blocks there are)"
             )
-        size = self.block_size
-        num_full = num_computed_tokens // size
-        if self._caching and num_full > holding.num_ready_blocks:
-            first = holding.num_ready_blocks
-            keys = [tuple(token_ids[start : start + size]) for start in range(first * size, num_full * size, size)]
-            if any(node.key != key for node, key in zip(holding.path[first:], keys, strict=False)):
-                raise ValueError(f"request {request_id!r}: the tokens differ from those that were admitted")
-            for index, key in enumerate(keys, first):
-                self._publish(request_id, holding, index, key)
-            holding.num_ready_blocks = num_full
+        if num_computed_tokens >= holding.publish_at:
+            self._publish_full(request_id, holding, token_ids, num_computed_tokens // self.block_size)
         holding.num_computed_tokens = num_computed_tokens
 
     def block_ids(self, request_id: str) -> tuple[int, ...]:
         """The blocks of a request in the order of its tokens. The tuple is kept until the blocks change."""
-        holding = self._holding(request_id)
-        if holding.block_ids_tuple is None:
-            holding.block_ids_tuple = tuple(holding.block_ids)
-        return holding.block_ids_tuple
+        holding = self._holdings[request_id]
+        block_ids = holding.block_ids_tuple
+        if block_ids is None:
+            block_ids = holding.block_ids_tuple = tuple(holding.block_ids)
+        return block_ids
+
+    def blocks_for(self, request_id: str, num_tokens: int) -> tuple[int, ...] | None:
+        """The blocks of the request's first `num_tokens` tokens, extended if need be; None if there are not enough."""
+        holding = self._holdings[request_id]
+        capacity, block_ids = holding.capacity, holding.block_ids_tuple
+        if block_ids is not None and capacity - self.block_size < num_tokens <= capacity:
+            return block_ids  # the usual case: there is room in the last block
+        if not self.extend(request_id, num_tokens):
+            return None
+        block_ids = self.block_ids(request_id)
+        num_blocks = self._ceil_blocks(num_tokens)
+        return block_ids if len(block_ids) == num_blocks else block_ids[:num_blocks]
 
     def lock(self, token_ids: Sequence[int], *, salt: str | None = None) -> PrefixLock:
         """Keeps the ready whole blocks of `token_ids` from eviction until `unlock`. There may be none."""
@@ -252,7 +237,7 @@ class MemoryManager:
         What is ready stays cached, what is pending vanishes, private blocks become free. No batch in flight may still
         write to them.
         """
-        holding = self._holding(request_id)
+        holding = self._holdings[request_id]
         del self._holdings[request_id]
         self._tree.touch(holding.path)
         for index in range(len(holding.block_ids) - 1, -1, -1):
@@ -289,7 +274,7 @@ class MemoryManager:
         assert not any(self._pool.is_free(block_id) for block_id in used), "a block is free and in use"
         assert self.num_free_blocks + len(used) == self.num_blocks, "a block was lost"
 
-    def _check_holding(self, request_id: str, holding: _Holding) -> int:
+    def _check_holding(self, request_id: str, holding: Holding) -> int:
         """Checks one request; returns how many pending nodes it owns."""
         parent: RadixNode | None = None
         num_pending = 0
@@ -306,15 +291,12 @@ class MemoryManager:
         if self._caching:
             num_full = holding.num_computed_tokens // self.block_size
             assert holding.num_ready_blocks == num_full <= len(holding.path), f"{request_id!r}: blocks not published"
+        assert holding.capacity == len(holding.block_ids) * self.block_size, f"{request_id!r}: wrong capacity"
+        publish_at = (holding.num_ready_blocks + 1) * self.block_size if self._caching else NEVER
+        assert holding.publish_at == publish_at, f"{request_id!r}: would publish a block too early or too late"
         if holding.block_ids_tuple is not None:
             assert holding.block_ids_tuple == tuple(holding.block_ids), f"{request_id!r}: outdated tuple of block ids"
         return num_pending
-
-    def _holding(self, request_id: str) -> _Holding:
-        holding = self._holdings.get(request_id)
-        if holding is None:
-            raise ValueError(f"request {request_id!r} holds no blocks")
-        return holding
 
     def _ceil_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -336,7 +318,7 @@ class MemoryManager:
             self._pool.put(self._tree.evict())
             self.num_evicted_blocks += 1
 
-    def _register_pending(self, request_id: str, holding: _Holding, token_ids: Sequence[int]) -> None:
+    def _register_pending(self, request_id: str, holding: Holding, token_ids: Sequence[int]) -> None:
         """Adds a pending node for each whole block of the prompt that is to be computed."""
         size = self.block_size
         for index in range(len(holding.path), len(token_ids) // size):
@@ -348,7 +330,18 @@ class MemoryManager:
             node = self._tree.insert(holding.last_node, holding.salt, key, holding.block_ids[index], request_id)
             holding.path.append(node)
 
-    def _publish(self, request_id: str, holding: _Holding, index: int, key: tuple[int, ...]) -> None:
+    def _publish_full(self, request_id: str, holding: Holding, token_ids: Sequence[int], num_full: int) -> None:
+        """Publishes the blocks of a request up to `num_full`; nothing if their tokens are wrong."""
+        size, first = self.block_size, holding.num_ready_blocks
+        keys = [tuple(token_ids[start : start + size]) for start in range(first * size, num_full * size, size)]
+        if any(node.key != key for node, key in zip(holding.path[first:], keys, strict=False)):
+            raise ValueError(f"request {request_id!r}: the tokens differ from those that were admitted")
+        for index, key in enumerate(keys, first):
+            self._publish(request_id, holding, index, key)
+        holding.num_ready_blocks = num_full
+        holding.publish_at = (num_full + 1) * size
+
+    def _publish(self, request_id: str, holding: Holding, index: int, key: tuple[int, ...]) -> None:
         """Makes block `index` of a request, computed just now, known to the tree."""
         if index < len(holding.path):
             node = holding.path[index]

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import replace
 
 from agentserve.config import EngineConfig
-from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, SampleSpec, ScheduledChunk
+from agentserve.core.batch import Batch, BatchOutput, Lane, ScheduledChunk
 from agentserve.core.classify import classify
 from agentserve.core.controllers import Controller, Decision
 from agentserve.core.events import BatchScheduled, EngineEvent, RequestAdmitted, RequestPreempted
 from agentserve.core.memory.manager import AllocationOutcome, MemoryManager
 from agentserve.core.queues import RankedQueue, rank
-from agentserve.core.request import Request, RequestStatus, WorkClass
+from agentserve.core.request import Request, RequestStatus
+from agentserve.core.scheduler.chunks import decode_chunk, pending_chunk, prompt_chunk
 from agentserve.core.scheduler.observer import LaneObserver
 from agentserve.core.slots import PartitionTable, SlotPartition
+
+_NUM_LANES = len(Lane)
+# Looking up a member of an enumeration costs as much as a call.
+_DECODE = Lane.DECODE
+_RUNNING = RequestStatus.RUNNING
 
 
 class Scheduler(ABC):
@@ -34,10 +39,16 @@ class Scheduler(ABC):
         self._controller = controller
         self.waiting = RankedQueue()
         self.running = RankedQueue()
+        self._reading = RankedQueue()
+        """Those of `running` whose prompt is not computed yet."""
+        self._decoding = RankedQueue()
+        """The others."""
         self.in_flight: dict[Lane, Batch] = {}
         """The batch that each busy lane is running."""
         self.ahead: Batch | None = None
         """The batch that the decode lane runs after that one, if the scheduler looks ahead."""
+        self._last_continuable = (-1, False)
+        """A batch by id, and whether another one may follow it before its tokens are known."""
         self._draining: set[str] = set()
         """Requests that have ended but are in the batch `ahead`, which still writes to their blocks."""
         self.decision: Decision | None = None
@@ -61,6 +72,13 @@ class Scheduler(ABC):
         if self._waits_for:
             self._waits_for = {w: owner for w, owner in self._waits_for.items() if owner != owner_id}
 
+    def prefill_advanced(self, request: Request) -> None:
+        """A chunk of a prompt was computed: it may have been the last one."""
+        if not request.is_prefilling:
+            self._reading.remove(request)
+            self._decoding.add(request)
+        self.prefix_moved(request.request_id)
+
     def batch_done(self, output: BatchOutput) -> frozenset[str]:
         """Takes a batch that is done out of its lane, and tells the controller what became of it.
 
@@ -69,11 +87,11 @@ class Scheduler(ABC):
         batch = self.in_flight.pop(output.lane)
         observation = self._observer.finished(batch, output)
         still_flying: frozenset[str] = frozenset()
-        if output.lane is Lane.DECODE and self.ahead is not None:
-            self.in_flight[Lane.DECODE] = self.ahead
+        if output.lane is _DECODE and self.ahead is not None:
+            self.in_flight[_DECODE] = self.ahead
             self._observer.started(self.ahead, output.finished_ns)
             self.ahead = None
-            still_flying = frozenset(chunk.request_id for chunk in self.in_flight[Lane.DECODE].chunks)
+            still_flying = frozenset([chunk.request_id for chunk in self.in_flight[_DECODE].chunks])
         if output.error is None and self._controller is not None:
             self._controller.observe(observation)
         return still_flying
@@ -85,8 +103,8 @@ class Scheduler(ABC):
 
     def drop(self, request: Request) -> None:
         """Takes a request that ends out of its queue and gives its blocks back, as soon as nobody writes to them."""
-        if request.status is RequestStatus.RUNNING:
-            self.running.remove(request)
+        if request.status is _RUNNING:
+            self._stop(request)
             if request.in_flight:
                 self._draining.add(request.request_id)
             else:
@@ -107,22 +125,24 @@ class Scheduler(ABC):
 
     # ---- scheduling ----
 
-    def schedule(self, now_ns: int, events: list[EngineEvent]) -> None:
-        """Fills the idle lanes. Batches are returned as `BatchScheduled` events."""
+    def schedule(self, now_ns: int, events: list[EngineEvent]) -> list[Batch]:
+        """Fills the idle lanes. The batches that it returns are `BatchScheduled` events, too."""
+        batches: list[Batch] = []
         looks_ahead = self._may_look_ahead()
-        if len(self.in_flight) == len(Lane) and not looks_ahead:
-            return
-        self._admit(now_ns, events)
-        if not self.running:
-            return
-        self._fill(now_ns, events)
-        if not looks_ahead and self._may_look_ahead():
-            self._fill(now_ns, events)
+        if len(self.in_flight) == _NUM_LANES and not looks_ahead:
+            return batches
+        if self.waiting:
+            self._admit(now_ns, events)
+        if self.running:
+            self._fill(now_ns, events, batches)
+            if not looks_ahead and self._may_look_ahead():
+                self._fill(now_ns, events, batches)
+        return batches
 
-    def _fill(self, now_ns: int, events: list[EngineEvent]) -> None:
+    def _fill(self, now_ns: int, events: list[EngineEvent], batches: list[Batch]) -> None:
         chunks = self._compose(now_ns, events)
-        busy = {lane for lane, lane_chunks in chunks.items() if lane_chunks} | set(self.in_flight)
-        co_running = len(busy) == len(Lane)
+        busy = {lane for lane, lane_chunks in chunks.items() if lane_chunks}.union(self.in_flight)
+        co_running = len(busy) == _NUM_LANES
         partition = self._co_partition() if co_running else self._table.whole
         for lane, lane_chunks in chunks.items():
             if not lane_chunks:
@@ -143,6 +163,7 @@ class Scheduler(ABC):
                 self.in_flight[lane] = batch
                 self._observer.started(batch, now_ns)
             events.append(BatchScheduled(now_ns, batch))
+            batches.append(batch)
 
     def _admit(self, now_ns: int, events: list[EngineEvent]) -> None:
         """Gives blocks to waiting requests, first come first served.
@@ -175,12 +196,13 @@ class Scheduler(ABC):
                 continue
             admitted.append((request, allocation.num_cached_tokens))
             self.running.add(request)
+            self._reading.add(request)
         for request, num_cached_tokens in admitted:
             self.waiting.remove(request)
             self._start(request, num_cached_tokens, now_ns, events)
 
     def _start(self, request: Request, num_cached_tokens: int, now_ns: int, events: list[EngineEvent]) -> None:
-        request.status = RequestStatus.RUNNING
+        request.status = _RUNNING
         request.prefill_target = len(request.token_ids)
         request.num_computed_tokens = num_cached_tokens
         request.num_cached_at_admission = num_cached_tokens
@@ -196,14 +218,17 @@ class Scheduler(ABC):
         """A chunk for each running decode that is not in flight; makes room for its next token, by preemption if need
         be."""
         chunks = []
+        blocks_for = self._memory.blocks_for
         # A copy: a preemption changes the queue.
-        for request in list(self.running):
-            if request.is_prefilling or request.in_flight:
+        for request in list(self._decoding):
+            if request.in_flight or request.status is not _RUNNING:  # preempted by one before it
                 continue
-            if request.status is not RequestStatus.RUNNING:  # preempted by one before it
-                continue
-            if self._grow(request, now_ns, events):
-                chunks.append(self._chunk(request, WorkClass.DECODE, 1))
+            block_ids = blocks_for(request.request_id, len(request.token_ids))
+            if block_ids is None:
+                block_ids = self._grow(request, now_ns, events)
+            if block_ids is not None:
+                request.in_flight = True
+                chunks.append(decode_chunk(request, block_ids))
         return chunks
 
     def _may_look_ahead(self) -> bool:
@@ -212,35 +237,38 @@ class Scheduler(ABC):
         Not while it reads a prompt in pieces: the next piece would miss that batch. Not if a sampler has to see tokens
         that are not known yet.
         """
-        head = self.in_flight.get(Lane.DECODE)
+        head = self.in_flight.get(_DECODE)
         if self._config.decode_lookahead < 2 or self.ahead is not None or head is None:
             return False
-        return all(chunk.sample is not None and not chunk.sample.params.needs_history for chunk in head.chunks)
+        if self._last_continuable[0] != head.batch_id:
+            continuable = all(c.sample is not None and not c.sample.history for c in head.chunks)
+            self._last_continuable = (head.batch_id, continuable)
+        return self._last_continuable[1]
 
     def _continued(self) -> list[ScheduledChunk]:
         """A chunk for each request of the decode lane's batch whose next token it will sample, if there is room for it.
 
         Who reaches a limit with that token is left out. Who turns out to have stopped with it computes in vain.
         """
-        befores = {chunk.request_id: chunk for chunk in self.in_flight[Lane.DECODE].chunks}
+        befores = {chunk.request_id: chunk for chunk in self.in_flight[_DECODE].chunks}
         chunks = []
         for request in self.running:
             before = befores.get(request.request_id)
             if before is None or request.finish_after_flight is not None:
                 continue
             assert before.sample is not None
-            index = before.sample.output_index + 1
-            # With the token that is being sampled there are `before.end + 1`.
-            if index >= request.sampling.max_tokens or before.end + 1 >= self._config.max_model_len:
+            index, end = before.sample.output_index + 1, before.end
+            # With the token that is being sampled there are `end + 1`.
+            if index >= request.sampling.max_tokens or end + 1 >= self._config.max_model_len:
                 continue
-            if self._memory.extend(request.request_id, before.end + 1):
-                spec = replace(before.sample, output_index=index)
-                chunks.append(self._make_chunk(request, WorkClass.DECODE, before.end, (PENDING_TOKEN,), spec))
+            block_ids = self._memory.blocks_for(request.request_id, end + 1)
+            if block_ids is not None:
+                chunks.append(pending_chunk(request, before, block_ids))
         return chunks
 
     def _prefilling(self) -> list[Request]:
         """Running requests whose prompt has tokens left that are not in flight, the next one first."""
-        requests = [r for r in self.running if r.is_prefilling and not r.in_flight]
+        requests = [request for request in self._reading if not request.in_flight]
         if self._config.prefill_order == "shortest" and len(requests) > 1:
             requests.sort(key=self._shortest_first)
         return requests
@@ -267,59 +295,27 @@ class Scheduler(ABC):
                 break
             num_tokens = min(budget, request.num_remaining_prefill_tokens)
             budget -= num_tokens
-            work_class = classify(request, self._config.resume_min_cached_tokens)
-            chunks.append(self._chunk(request, work_class, num_tokens))
+            block_ids = self._memory.blocks_for(request.request_id, request.num_computed_tokens + num_tokens)
+            assert block_ids is not None, "a prompt has its blocks since its admission"
+            request.in_flight = True
+            chunks.append(prompt_chunk(request, num_tokens, block_ids, self._config.resume_min_cached_tokens))
         return chunks
-
-    def _chunk(self, request: Request, work_class: WorkClass, num_tokens: int) -> ScheduledChunk:
-        request.in_flight = True
-        start = request.num_computed_tokens
-        end = start + num_tokens
-        sample = None
-        if end == len(request.token_ids):
-            params = request.sampling
-            sample = SampleSpec(
-                params=params,
-                output_index=request.num_output_tokens,
-                history=tuple(request.token_ids) if params.needs_history else (),
-                num_prompt_tokens=request.num_prompt_tokens,
-            )
-        return self._make_chunk(request, work_class, start, tuple(request.token_ids[start:end]), sample)
-
-    def _make_chunk(
-        self,
-        request: Request,
-        work_class: WorkClass,
-        start: int,
-        token_ids: tuple[int, ...],
-        sample: SampleSpec | None,
-    ) -> ScheduledChunk:
-        block_ids = self._memory.block_ids(request.request_id)
-        num_blocks = -(-(start + len(token_ids)) // self._config.block_size)
-        return ScheduledChunk(
-            request_id=request.request_id,
-            work_class=work_class,
-            start=start,
-            token_ids=token_ids,
-            block_ids=block_ids if len(block_ids) == num_blocks else block_ids[:num_blocks],
-            sample=sample,
-        )
 
     # ---- memory pressure ----
 
-    def _grow(self, request: Request, now_ns: int, events: list[EngineEvent]) -> bool:
-        """Makes room for the request's next token. False: it does not run in this batch."""
-        while not self._memory.extend(request.request_id, len(request.token_ids)):
+    def _grow(self, request: Request, now_ns: int, events: list[EngineEvent]) -> tuple[int, ...] | None:
+        """Makes room for the request's next token; returns its blocks. None: it does not run in this batch."""
+        while (block_ids := self._memory.blocks_for(request.request_id, len(request.token_ids))) is None:
             victim = self._victim(request)
             if victim is not None:
                 self._preempt(victim, now_ns, events)
             elif any(rank(other) > rank(request) for other in self.running):
                 # Those behind it are in flight: they can be preempted when their batch is done, which wakes us.
-                return False
+                return None
             else:
                 self._preempt(request, now_ns, events)
-                return False
-        return True
+                return None
+        return block_ids
 
     def _victim(self, request: Request) -> Request | None:
         """The last in rank that is not in flight, if it comes after `request`."""
@@ -332,7 +328,7 @@ class Scheduler(ABC):
 
     def _preempt(self, request: Request, now_ns: int, events: list[EngineEvent]) -> None:
         """Takes the blocks of a request; it is computed again when there is room (what stays cached is a hit)."""
-        self.running.remove(request)
+        self._stop(request)
         self._release(request)
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
@@ -340,6 +336,11 @@ class Scheduler(ABC):
         self.num_preemptions += 1
         self.waiting.add(request)
         events.append(RequestPreempted(request.request_id, now_ns))
+
+    def _stop(self, request: Request) -> None:
+        """Takes a request out of the queues of those that run."""
+        self.running.remove(request)
+        (self._reading if request.is_prefilling else self._decoding).remove(request)
 
     def _release(self, request: Request) -> None:
         assert not request.in_flight, "blocks that a batch may still write to must not be given away"
@@ -355,13 +356,15 @@ class Scheduler(ABC):
         flying = {chunk.request_id for batch in self.in_flight.values() for chunk in batch.chunks}
         assert len(flying) == sum(len(batch.chunks) for batch in self.in_flight.values()), "in two batches"
         ahead = {chunk.request_id for chunk in self.ahead.chunks} if self.ahead else set()
-        assert not ahead or Lane.DECODE in self.in_flight, "ahead of nothing"
+        assert not ahead or _DECODE in self.in_flight, "ahead of nothing"
         flying |= ahead
         for request in self.running:
-            assert request.status is RequestStatus.RUNNING, request.request_id
+            assert request.status is _RUNNING, request.request_id
             assert self._memory.holds(request.request_id), f"{request.request_id} runs without blocks"
             assert request.in_flight == (request.request_id in flying), request.request_id
             assert request.num_computed_tokens < len(request.token_ids), request.request_id
+        assert list(self._reading) == [r for r in self.running if r.is_prefilling], "the wrong prompts are to be read"
+        assert list(self._decoding) == [r for r in self.running if not r.is_prefilling], "the wrong requests decode"
         for request in self.waiting:
             assert request.status is RequestStatus.WAITING, request.request_id
             assert not self._memory.holds(request.request_id), f"{request.request_id} waits with blocks"

@@ -49,4 +49,4 @@ class FcfsScheduler(ChunkedScheduler):
     """
 
     def _prefilling(self) -> list[Request]:
-        return [request for request in self.running if request.is_prefilling]
+        return list(self._reading)

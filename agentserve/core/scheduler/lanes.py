@@ -19,6 +19,10 @@ from agentserve.core.request import Request, RequestStatus
 from agentserve.core.scheduler.base import Scheduler
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
+# Looking up a member of an enumeration costs as much as a call.
+_PREFILL = Lane.PREFILL
+_DECODE = Lane.DECODE
+_WHOLE = PartitionKind.WHOLE
 _SHORT = 4
 """A prompt that needs less than one part in so many of a chunk shares its batch up to that part only."""
 
@@ -36,7 +40,7 @@ class LaneScheduler(Scheduler):
         assert self.decision is not None
         partition = self.decision.partition
         # Taking turns, but the other lane is still busy from before: both have everything until that batch is done.
-        return self._table.stream if partition.kind is PartitionKind.WHOLE else partition
+        return self._table.stream if partition.kind is _WHOLE else partition
 
     def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
         prefilling = self._prefilling()
@@ -45,28 +49,28 @@ class LaneScheduler(Scheduler):
             self.decision = decision
             events.append(ControlDecided(now_ns, decision))
         short, long = self._by_lane(prefilling, decision.resume_budget)
-        takes_turns = decision.partition.kind is PartitionKind.WHOLE
+        takes_turns = decision.partition.kind is _WHOLE
         chunks: dict[Lane, list[ScheduledChunk]] = {}
         looks_ahead = self._may_look_ahead()
-        if looks_ahead or Lane.DECODE not in self.in_flight:
+        if looks_ahead or _DECODE not in self.in_flight:
             decodes = [*(self._continued() if looks_ahead else ()), *self._decodes(now_ns, events)]
             # A preemption may have taken blocks away.
             short, long = self._still_running(short), self._still_running(long)
-            if takes_turns and (decodes or short) and Lane.PREFILL not in self.in_flight:
+            if takes_turns and (decodes or short) and _PREFILL not in self.in_flight:
                 # All in one order: short ones that keep coming must not starve a long one.
                 prompts = self._prompts(self._still_running(prefilling), self._room(decision.prefill_chunk, decodes))
             else:
                 # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
                 budget = decision.resume_budget if decodes else max(decision.resume_budget, decision.prefill_chunk)
                 # The first of the long ones is for the prefill lane, if that is idle.
-                waiting = long if Lane.PREFILL in self.in_flight else long[1:]
+                waiting = long if _PREFILL in self.in_flight else long[1:]
                 guests = waiting if decision.shares_budget and decodes else []
                 prompts = self._prompts([*short, *guests], self._room(budget, decodes))
-            chunks[Lane.DECODE] = decodes + prompts
-        decode_lane_busy = Lane.DECODE in self.in_flight or bool(chunks.get(Lane.DECODE))
-        if Lane.PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
+            chunks[_DECODE] = decodes + prompts
+        decode_lane_busy = _DECODE in self.in_flight or bool(chunks.get(_DECODE))
+        if _PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
             long = [request for request in long if not request.in_flight]
-            chunks[Lane.PREFILL] = self._prompts(long, self._room(self._near_end(long, decision.prefill_chunk), []))
+            chunks[_PREFILL] = self._prompts(long, self._room(self._near_end(long, decision.prefill_chunk), []))
         return chunks
 
     @staticmethod
@@ -88,33 +92,31 @@ class LaneScheduler(Scheduler):
         long: list[Request] = []
         for request in prefilling:
             work_class = classify(request, self._config.resume_min_cached_tokens)
-            (short if lane_of(request, work_class, limit) is Lane.DECODE else long).append(request)
+            (short if lane_of(request, work_class, limit) is _DECODE else long).append(request)
         return short, long
 
     def _signal(self, now_ns: int, prefilling: list[Request]) -> ControlSignal:
-        num_decodes = num_context = 0
-        oldest_ns: int | None = None
-        for request in self.running:
-            if not request.is_prefilling:
-                num_decodes += 1
-                num_context += len(request.token_ids)
-            if request.first_token_ns is None and (oldest_ns is None or request.arrival_ns < oldest_ns):
-                oldest_ns = request.arrival_ns
+        num_decodes, num_context = len(self._decoding), sum([len(request.token_ids) for request in self._decoding])
+        # Whoever decodes has its first token.
+        waiting_since = [request.arrival_ns for request in self._reading if request.first_token_ns is None]
         # Who belongs to which lane is a matter of the budget, which is about to be decided: who may ride with the most.
         short, long = self._by_lane(prefilling, self._config.control.max_resume_budget)
-        in_prefill_lane = self.in_flight.get(Lane.PREFILL)
+        in_prefill_lane = self.in_flight.get(_PREFILL)
         waiting = long if in_prefill_lane else long[1:]
-        decode_since_ns = self._observer.running_since_ns(Lane.DECODE)
+        decode_since_ns = self._observer.running_since_ns(_DECODE)
         return ControlSignal(
             now_ns=now_ns,
             decodes=BatchShape(num_decodes=num_decodes, num_decode_context=num_context, num_samples=num_decodes),
-            num_resume_tokens=sum(request.num_remaining_prefill_tokens for request in short),
-            num_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in long)
-            + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
-            num_waiting_prefill_tokens=sum(request.num_remaining_prefill_tokens for request in waiting),
+            num_resume_tokens=_remaining(short),
+            num_prefill_tokens=_remaining(long) + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
+            num_waiting_prefill_tokens=_remaining(waiting),
             prefill_start=long[0].num_computed_tokens if long else 0,
             riding_start=next((request.num_computed_tokens for request in (*short, *waiting)), 0),
-            oldest_prefill_arrival_ns=oldest_ns,
+            oldest_prefill_arrival_ns=min(waiting_since, default=None),
             decode_running_ns=None if decode_since_ns is None else now_ns - decode_since_ns,
             decode_is_ahead=self.ahead is not None,
         )
+
+
+def _remaining(prompts: list[Request]) -> int:
+    return sum([request.num_remaining_prefill_tokens for request in prompts])

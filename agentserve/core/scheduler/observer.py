@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from agentserve.core.batch import Batch, BatchOutput, Lane
 from agentserve.core.controllers import BatchObservation
-from agentserve.core.costmodel import BatchShape
 from agentserve.core.request import WorkClass
 
+# Looking up a member of an enumeration costs as much as a call.
+_PREFILL = Lane.PREFILL
+_DECODE = Lane.DECODE
 _BUSY, _IDLE = 0.9, 0.1
 """Shares of a batch's time in which the other lane was busy that count as all of it and as none."""
 
@@ -32,7 +34,7 @@ class LaneObserver:
         """Books the end of a batch."""
         lane = batch.lane
         del self._running_since[lane]
-        other = Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL
+        other = _DECODE if lane is _PREFILL else _PREFILL
         duration_ns = max(1, output.finished_ns - output.started_ns)
         share = self._overlap_ns(other, output.started_ns, output.finished_ns) / duration_ns
         # Nothing that the other lane starts from now on can overlap what ended before.
@@ -41,10 +43,10 @@ class LaneObserver:
             self._past[lane].append((output.started_ns, output.finished_ns))
         else:
             self._past[lane].clear()
-        gap_ns = self._gap_ns(batch, output) if lane is Lane.DECODE else None
+        gap_ns = self._gap_ns(batch, output) if lane is _DECODE else None
         return BatchObservation(
             batch=batch,
-            shape=BatchShape.of(batch),
+            shape=batch.shape,
             duration_ns=duration_ns,
             finished_ns=output.finished_ns,
             since_previous_decode_ns=gap_ns,
@@ -65,5 +67,5 @@ class LaneObserver:
         )
         gap_ns = output.finished_ns - self._previous_decode_ns if continued else None
         self._previous_decode_ns = output.finished_ns
-        self._previous_sampled = frozenset(chunk.request_id for chunk in batch.chunks if chunk.sample is not None)
+        self._previous_sampled = frozenset([chunk.request_id for chunk in batch.chunks if chunk.sample is not None])
         return gap_ns

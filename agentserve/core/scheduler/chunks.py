@@ -1,0 +1,46 @@
+"""How a piece of a request becomes a chunk of a batch."""
+
+from __future__ import annotations
+
+from agentserve.core.batch import PENDING_TOKEN, SampleSpec, ScheduledChunk
+from agentserve.core.classify import classify
+from agentserve.core.request import Request, WorkClass
+
+_DECODE = WorkClass.DECODE  # looking up a member of an enumeration costs as much as a call
+
+
+def decode_chunk(request: Request, block_ids: tuple[int, ...]) -> ScheduledChunk:
+    """The last token of a request that is decoding, and the next one to be sampled."""
+    token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
+    num_tokens = len(token_ids)
+    last = num_tokens - 1
+    history = tuple(token_ids) if request.needs_history else ()
+    spec = SampleSpec(request.sampling, num_tokens - num_prompt_tokens, history, num_prompt_tokens)
+    return ScheduledChunk(request.request_id, _DECODE, last, (token_ids[last],), block_ids, spec)
+
+
+def pending_chunk(request: Request, before: ScheduledChunk, block_ids: tuple[int, ...]) -> ScheduledChunk:
+    """The token that will be sampled behind `before`."""
+    assert before.sample is not None
+    spec = SampleSpec(request.sampling, before.sample.output_index + 1, (), request.num_prompt_tokens)
+    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), block_ids, spec)
+
+
+def prompt_chunk(
+    request: Request, num_tokens: int, block_ids: tuple[int, ...], min_cached_tokens: int
+) -> ScheduledChunk:
+    """The next tokens of a prompt; `min_cached_tokens` as for `classify`."""
+    token_ids, start = request.token_ids, request.num_computed_tokens
+    end = start + num_tokens
+    spec = None
+    if end == len(token_ids):
+        history = tuple(token_ids) if request.needs_history else ()
+        spec = SampleSpec(request.sampling, request.num_output_tokens, history, request.num_prompt_tokens)
+    return ScheduledChunk(
+        request.request_id,
+        classify(request, min_cached_tokens),
+        start,
+        tuple(token_ids[start:end]),
+        block_ids,
+        spec,
+    )

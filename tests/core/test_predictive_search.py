@@ -1,0 +1,149 @@
+"""The predictive controller looks at a part of its options only: it must decide as if it had looked at all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentserve.config import SLOTS, ControlConfig
+from agentserve.core.batch import Batch, Lane, ScheduledChunk
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.controllers.predictive import Option, PredictiveController
+from agentserve.core.costmodel import BatchShape, CostModel, ModelShape
+from agentserve.core.request import WorkClass
+from agentserve.core.slots import build_partition_table
+from agentserve.profiles import load_profile
+from tests.core.builders import MS, config, cost_model
+
+
+class Exhaustive(PredictiveController):
+    """The same controller, word for word as its rule is told: all options, all budgets."""
+
+    def _best_turns(self, signal: ControlSignal, wait_ns: float | None, *_: Any) -> list[Option]:
+        return [self._turns(signal, chunk, wait_ns) for chunk in self._chunks]
+
+    def decide(self, signal: ControlSignal) -> Decision:
+        self.at = signal
+        return super().decide(signal)
+
+    def _resume_budget(self, partition: Any, _: Any) -> tuple[int, float]:
+        found: tuple[int, float] | None = None
+        for budget in self._budgets:
+            shape = self.at.decodes.with_prefill(budget, self.at.riding_start)
+            tpot_ns = self._predict_tpot(shape, partition, True)
+            if found is not None and tpot_ns > self._target_ns:
+                break
+            found = (budget, tpot_ns)
+        assert found is not None
+        return found
+
+    def _side_by_side(self, signal: ControlSignal, partition: Any, wait_ns: float | None, works: Any) -> Option:
+        # With its budget at once.
+        return self._with_budget(super()._side_by_side(signal, partition, wait_ns, works), signal)
+
+
+SMALL = cost_model()
+LARGE = CostModel(
+    load_profile("rtx-5090"),
+    ModelShape(7_000_000_000, 500_000_000, 15_000_000_000, 57_344, 4 * 28 * 3584, 28, 28, 4),
+)
+SIGNALS = st.builds(
+    lambda decodes, context, resume, prefill, waiting, starts, oldest, running, ahead: ControlSignal(
+        now_ns=10**9,
+        decodes=BatchShape(num_decodes=decodes, num_decode_context=decodes * context, num_samples=decodes),
+        num_resume_tokens=resume,
+        num_prefill_tokens=prefill,
+        num_waiting_prefill_tokens=min(waiting, prefill),
+        prefill_start=starts[0] if prefill else 0,
+        riding_start=starts[1],
+        oldest_prefill_arrival_ns=oldest,
+        decode_running_ns=running,
+        decode_is_ahead=ahead,
+    ),
+    decodes=st.integers(1, 64),
+    context=st.integers(1, 8000),
+    resume=st.just(0) | st.integers(0, 2000),
+    prefill=st.just(0) | st.integers(0, 20_000),
+    waiting=st.just(0) | st.integers(0, 10_000),
+    starts=st.tuples(st.integers(0, 4000), st.integers(0, 4000)),
+    oldest=st.none() | st.integers(0, 10**9),
+    running=st.none() | st.integers(0, 50 * MS),
+    ahead=st.booleans(),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    signals=st.lists(st.tuples(SIGNALS, st.floats(0.3, 3.0)), min_size=1, max_size=12),
+    large=st.booleans(),
+    target_ms=st.integers(3, 120),
+    ttft_ms=st.none() | st.integers(50, 3000),
+    slots=st.sampled_from(SLOTS),
+    hysteresis=st.sampled_from([0.0, 0.1, 0.5]),
+    budgets=st.sampled_from([(16, 512), (1, 8192), (300, 300)]),
+)
+def test_the_search_decides_as_all_options_and_all_budgets_would(
+    signals: list[tuple[ControlSignal, float]],
+    large: bool,
+    target_ms: int,
+    ttft_ms: int | None,
+    slots: str,
+    hysteresis: float,
+    budgets: tuple[int, int],
+) -> None:
+    control = ControlConfig(
+        slots=slots,
+        tpot_target_ns=target_ms * MS,
+        ttft_target_ns=None if ttft_ms is None else ttft_ms * MS,
+        hysteresis=hysteresis,
+        min_resume_budget=budgets[0],
+        max_resume_budget=budgets[1],
+    )
+    cost = LARGE if large else SMALL
+    units = cost.device.compute_units
+    table = build_partition_table(units, cost.device.unit_granularity, cost.device.min_units)
+    values = config(max_num_batched_tokens=8192, control=control)
+    controllers = [kind(values, table, cost, target_ms * MS) for kind in (PredictiveController, Exhaustive)]
+    for at, ratio in signals:
+        searched, exhaustive = (controller.decide(at) for controller in controllers)
+        assert searched == exhaustive
+        for controller in controllers:
+            controller.observe(decode_batch(searched, at, cost, ratio))
+
+
+def decode_batch(decision: Decision, at: ControlSignal, cost: CostModel, ratio: float) -> BatchObservation:
+    """A batch with as much of the budget as there is, which takes `ratio` times what is predicted."""
+    riding = min(decision.resume_budget, at.num_resume_tokens)
+    shape = at.decodes.with_prefill(riding) if riding else at.decodes
+    co_running = decision.partition.kind != "whole"
+    took_ns = round(ratio * cost.duration_ns(shape, Lane.DECODE, decision.partition, co_running))
+    chunk = ScheduledChunk("r", WorkClass.DECODE, 5, (1,), (0,), None)
+    batch = Batch(0, Lane.DECODE, decision.partition, co_running, (chunk,))
+    return BatchObservation(batch, shape, took_ns, 0, took_ns + MS, co_running, not co_running)
+
+
+def test_a_plan_costs_few_predictions() -> None:
+    """The reason for all this. Of 16 chunks, and 19 partitions with 12 budgets each, few need a prediction."""
+    asked = 0
+
+    class Counting(CostModel):
+        def work_ns(self, shape: BatchShape, units: int) -> float:
+            nonlocal asked
+            asked += 1
+            return super().work_ns(shape, units)
+
+    cost = Counting(LARGE.device, LARGE.model)
+    table = build_partition_table(170, 2, 16)
+    values = config(max_num_batched_tokens=2048, control=ControlConfig(tpot_target_ns=25 * MS))
+    counts = []
+    for kind in (PredictiveController, Exhaustive):
+        controller = kind(values, table, cost, 25 * MS)
+        at = ControlSignal(
+            0, BatchShape(num_decodes=8, num_decode_context=24_000, num_samples=8), 0, 5000, 0, 0, 0, None
+        )
+        asked = 0
+        controller.decide(at)
+        counts.append(asked)
+    assert counts[0] * 2 < counts[1], counts
