@@ -26,7 +26,7 @@ def _copy_kernel(source, target, block_ids, num_tiles, num_words, gathers: tl.co
         block = tl.load(block_ids + item).to(tl.int64)
         words = (index % tiles_per_block).to(tl.int64) * tile + columns
         # A negative id is padding.
-        inside = (words < num_words) & (block >= 0)
+        inside = words < tl.where(block >= 0, num_words, 0)
         in_pool = block * num_words + words
         in_staging = item.to(tl.int64) * num_words + words
         if gathers:
