@@ -1,4 +1,4 @@
-"""Load driver for any OpenAI-compatible endpoint: load, compare, report, figures. See `--help` and bench/PEERS.md."""
+"""Load driver for any OpenAI-compatible endpoint: load, compare, report, figures, fidelity. See bench/PEERS.md."""
 
 from __future__ import annotations
 

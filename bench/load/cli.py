@@ -1,4 +1,4 @@
-"""The verbs of `bench/run.py`: load, compare, report; `figures` has its own."""
+"""The verbs of `bench/run.py`: load, compare, report; `figures` and `fidelity` have their own."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from bench.figures import main as figures_main  # noqa: PLC0415 - the figures need much that a load run does not
 
         return figures_main(arguments[1:])
+    if arguments[:1] == ["fidelity"]:
+        from bench.fidelity import main as fidelity_main  # noqa: PLC0415 - the simulator is not needed for a load run
+
+        return fidelity_main(arguments[1:])
     parsed = _parser().parse_args(arguments)
     console = make_console()
     try:
@@ -89,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     again.set_defaults(run=_report)
 
     verbs.add_parser("figures", help="the counterparts of the paper's figures; figures --help", add_help=False)
+    verbs.add_parser("fidelity", help="the simulator against live runs; fidelity --help", add_help=False)
     return parser
 
 
