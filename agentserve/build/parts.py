@@ -35,7 +35,6 @@ SIMULATED_DEFAULT_MODEL = "qwen2.5-7b"
 _CPU_KV_SHARE, _CPU_KV_LIMIT = 0.25, 4 << 30
 _CPU_WEIGHT_SHARE = 0.5
 """A model whose weights need more than this share of the free memory is not loaded on the CPU by `auto`."""
-_GPU_MEMORY_SHARE = 0.9
 _CPU_MAX_MODEL_LEN = 8192
 """The default window on the CPU: longer prompts take minutes there. --max-model-len overrides it."""
 
@@ -196,6 +195,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         clock=MonotonicClock(),
+        attention=config.attention_backend,
     )
     dtype = str(model.dtype).removeprefix("torch.")
     return Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
@@ -222,10 +222,14 @@ def _build_cuda(config: ServeConfig, source: ModelSource, report: Callable[[str]
 def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> Parts:
     if source.config is None:
         raise ConfigError(f"the shape of {source.name} is not known, so its timing cannot be simulated")
+    if config.attention_backend != "auto":
+        raise ConfigError(f"--attention-backend {config.attention_backend}: simulated timing computes no attention")
     profile = load_profile(config.profile or config.gpu)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     shape = model_shape(source.config, 4 if dtype == "float32" else 2)
-    pool_bytes = config.kv_cache_memory or int(profile.memory_bytes * _GPU_MEMORY_SHARE) - shape.weight_bytes
+    pool_bytes = (
+        config.kv_cache_memory or int(profile.memory_bytes * config.gpu_memory_utilization) - shape.weight_bytes
+    )
     if pool_bytes <= 0:
         raise ConfigError(
             f"{source.name} ({shape.weight_bytes / 2**30:.1f} GiB of weights) does not fit a {profile.description} "

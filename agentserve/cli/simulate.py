@@ -133,8 +133,10 @@ def _write(results: Sequence[Result], names: Sequence[str], text: str, out: Path
     from agentserve.sim.report import without_series
 
     collected = json.dumps({"varying": list(names), "results": [without_series(r) for r in results]}, indent=1)
-    _replace(out / RESULTS_NAME, collected + "\n")
-    _replace(out / TABLE_NAME, text)
+    from agentserve.sim.sweep import replace_file
+
+    replace_file(out / RESULTS_NAME, collected + "\n")
+    replace_file(out / TABLE_NAME, text)
     if importlib.util.find_spec("matplotlib") is None:
         console.print("note: no pictures, because matplotlib is not installed")
         return
@@ -145,13 +147,3 @@ def _write(results: Sequence[Result], names: Sequence[str], text: str, out: Path
     except OSError as error:
         raise ConfigError(f"cannot write pictures to {out}: {error.strerror}") from None
     console.print(f"written: {out}")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file through a temporary name. Raises ConfigError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

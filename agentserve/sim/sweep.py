@@ -157,14 +157,18 @@ class _Store:
         return value if isinstance(value, dict) and value.get("digest") == plan.digest else None
 
     def save(self, plan: Plan, text: str) -> None:
-        path = self._path(plan)
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(text, encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+        replace_file(self._path(plan), text)
 
     def _path(self, plan: Plan) -> Path:
         name = re.sub(r"[^a-z0-9]+", "-", Path(plan.title).name.lower()).strip("-")[:60]
         return self._directory / f"{name}-{plan.digest[:16]}.json"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file through a temporary name, so that readers never see a part. Raises ConfigError."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None

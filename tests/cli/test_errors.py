@@ -58,6 +58,8 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (["--scheduler", "chunked", "--tpot-target-ms", "50"], "--tpot-target-ms needs --scheduler lanes"),
         (["--slots", "purple"], "--slots: must be one of auto, cap, stream, off, green"),
         (["--slots", "green"], "--slots green needs a GPU"),
+        (["--executor", "simulated", "--attention-backend", "triton"], "simulated timing computes no attention"),
+        (["--executor", "cpu", "--load-format", "dummy", "--attention-backend", "flashinfer"], "does not run here"),
         (["--tpot-target-ms", "0"], "--tpot-target-ms: must be a positive number"),
         (["--theta-low", "2"], "theta_low must be positive and below theta_high"),
         (["--executor", "simulated", "--profile", "/no/such/profile.json"], "/no/such/profile.json"),

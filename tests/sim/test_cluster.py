@@ -11,6 +11,7 @@ from hypothesis import given, settings
 
 from agentserve.build.simulation import build_instance, load_hardware
 from agentserve.config import EngineConfig
+from agentserve.core.events import RequestFinished
 from agentserve.errors import ConfigError, EngineError
 from agentserve.sim.cluster import Cluster, Instance, Link
 from agentserve.sim.orchestrator import SimulatedRun, simulate
@@ -170,22 +171,23 @@ def test_transfers_into_one_instance_follow_one_another() -> None:
 def test_a_copy_without_room_is_lost_and_the_call_computes() -> None:
     # The target's memory is held by `x`, which runs long enough.
     several = cluster(
-        2, overload="move", overload_calls=1, link=Link(1e9, 0, kv_bytes_per_token=1), num_blocks=64, max_model_len=256
+        2, overload="move", overload_calls=2, link=Link(1e9, 0, kv_bytes_per_token=1), num_blocks=64, max_model_len=256
     )
     several.at(0, builders.submit("a", 200, max_tokens=1, session_id="a"))
-    several.at(0, builders.submit("x", 100, max_tokens=120, session_id="x"))
-    run_until = 1000 * MS
-    several.at(run_until, builders.submit("b", 8, max_tokens=50, session_id="b"))
-    several.at(
-        run_until + MS,
-        builders.submit("a2", (*builders.submit("a", 200).prompt_token_ids, 7, 7, 7, 7), max_tokens=1, session_id="a"),
-    )
-    while several.step() is not None:
-        pass
+    several.at(0, builders.submit("x", 100, max_tokens=150, session_id="x"))
+    # Two calls at home, one at the other instance: the next call of the session moves there, with its 50 blocks.
+    for name in ("b", "c"):
+        several.at(700 * MS, builders.submit(name, 8, max_tokens=50, session_id="a"))
+    prompt = (*builders.submit("a", 200).prompt_token_ids, 7, 7, 7, 7)
+    several.at(701 * MS, builders.submit("a2", prompt, max_tokens=1, session_id="a"))
+    ended = []
+    while (steps := several.step()) is not None:
+        ended += [event for step in steps for event in step.result.events if isinstance(event, RequestFinished)]
     for core in several.cores:
         core.check_invariants()
-    counts = several.counts
-    assert counts.reasons[Reason.MOVE] + counts.reasons[Reason.HOME] == 1
+    assert several.counts.reasons[Reason.MOVE] == several.counts.num_failed_moves == 1
+    (moved,) = [event for event in ended if event.request_id == "a2"]
+    assert moved.error is None and moved.stats.num_cached_tokens == 0
 
 
 def test_what_cannot_be_built_is_refused() -> None:

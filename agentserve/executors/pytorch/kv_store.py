@@ -38,7 +38,7 @@ _MAX_RETIRED = 16
 class Mirror:
     """The keys and values of one request in order; owned by the lane that is working on the request."""
 
-    __slots__ = ("block_ids", "buffer", "length", "num_bytes", "pinned")
+    __slots__ = ("block_ids", "block_set", "buffer", "length", "num_bytes", "pinned")
 
     def __init__(self) -> None:
         self.buffer: Tensor | None = None
@@ -51,6 +51,8 @@ class Mirror:
         """Whether a batch in flight uses it."""
         self.block_ids: tuple[int, ...] = ()
         """The blocks that hold the same tokens."""
+        self.block_set: frozenset[int] = frozenset()
+        """The same when it retires, to be looked up in: each write of each lane asks every retired mirror."""
 
     @property
     def capacity(self) -> int:
@@ -197,6 +199,7 @@ class KvStore:
             self._mirror_bytes -= mirror.num_bytes
             return
         self._discard(request_id)  # an earlier one of this id
+        mirror.block_set = frozenset(mirror.block_ids)
         self._retired[request_id] = mirror
         if len(self._retired) > _MAX_RETIRED:
             self._discard(next(iter(self._retired)))
@@ -209,10 +212,11 @@ class KvStore:
     def _invalidate(self, chunks: Sequence[ScheduledChunk]) -> None:
         written = {b for chunk in chunks for b in chunk.block_ids[chunk.start // self.block_size :]}
         for request_id, mirror in list(self._retired.items()):
-            if written.isdisjoint(mirror.block_ids):
+            if written.isdisjoint(mirror.block_set):
                 continue
             index = next(i for i, block in enumerate(mirror.block_ids) if block in written)
             mirror.block_ids = mirror.block_ids[:index]
+            mirror.block_set = frozenset(mirror.block_ids)
             mirror.length = min(mirror.length, index * self.block_size)
             if index == 0:
                 self._discard(request_id)
