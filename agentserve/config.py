@@ -18,6 +18,7 @@ from agentserve.errors import ConfigError
 SCHEDULERS = ("lanes", "chunked", "prefill-first", "fcfs")
 CONTROLLERS = ("predictive", "reactive", "static")
 SLOTS = ("auto", "cap", "stream", "off")
+OBJECTIVES = ("power", "rate")
 ATTENTION_BACKENDS = ("mirror", "flashinfer", "triton", "torch")
 PREFILL_ORDERS = ("shortest", "fcfs")
 
@@ -48,9 +49,12 @@ class ControlConfig:
     resume_budget_step: int = 32
     hysteresis: float = 0.1
     """`predictive`: another partition must promise this much more before it is taken."""
+    objective: str = "power"
+    """`predictive`: what it wants most of among the ways to share the device that keep the target. `power`: prompt
+    tokens per second over the time between tokens. `rate`: prompt tokens per second, when somebody named the target."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("controller", CONTROLLERS), ("slots", SLOTS)):
+        for name, allowed in (("controller", CONTROLLERS), ("slots", SLOTS), ("objective", OBJECTIVES)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("tpot_target_ns", "ttft_target_ns"):

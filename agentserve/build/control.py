@@ -68,6 +68,8 @@ def _hopeful(measured: Contention) -> Contention:
         prefill_split=min(measured.prefill_split, _MOST_SPLIT),
         decode_shared=min(measured.decode_shared, _MOST_SHARED),
         prefill_shared=min(measured.prefill_shared, _MOST_SHARED),
+        decode_cap=min(measured.decode_cap, _MOST_SHARED),
+        prefill_cap=min(measured.prefill_cap, _MOST_SHARED),
     )
 
 
@@ -83,6 +85,7 @@ def control_config(config: ServeConfig) -> ControlConfig:
         # Where there are Green Contexts, they are what the table is made of.
         slots="auto" if config.slots in {None, "green"} else config.slots,
         tpot_target_ns=_nanoseconds(config.tpot_target_ms),
+        objective="power" if config.tpot_target_ms is None else "rate",
         ttft_target_ns=_nanoseconds(config.ttft_target_ms),
         decode_share=config.decode_share,
         theta_high=config.theta_high,

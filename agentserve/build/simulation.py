@@ -204,7 +204,9 @@ def _engine_config(cell: Cell, hardware: Hardware, recorded: EngineConfig | None
     base = recorded or EngineConfig(num_blocks=num_blocks, max_model_len=2)
     if recorded is not None:
         # The target was set for the device that was recorded.
-        base = dataclasses.replace(base, control=dataclasses.replace(base.control, tpot_target_ns=None))
+        base = dataclasses.replace(
+            base, control=dataclasses.replace(base.control, tpot_target_ns=None, objective="power")
+        )
     if cell.max_model_len is None:
         window = min(window, num_blocks * block_size)
     return dataclasses.replace(
@@ -240,6 +242,7 @@ def _engine_options(cell: Cell, control: ControlConfig) -> dict[str, Any]:
         changes["slots"] = cell.slots
     if cell.tpot_target_ms is not None:
         changes["tpot_target_ns"] = max(1, round(cell.tpot_target_ms * 1e6))
+        changes["objective"] = "rate"
     options = {name: getattr(cell, name) for name in _ENGINE if getattr(cell, name) is not None}
     return {**options, "control": dataclasses.replace(control, **changes)}
 

@@ -20,6 +20,7 @@ Vidur (section 4). `core/device.py` says what each parameter means.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentserve.core.batch import BatchShape, Lane
@@ -140,13 +141,25 @@ class CostModel:
             duration += self._decode_attention(shape, rates) + self._tiled_attention(shape, rates, 0)
         return duration
 
+    def decode_durations(self, shape: BatchShape, partition: SlotPartition, co_running: bool) -> Iterator[int]:
+        """Durations of the decode batches that follow one of this shape, each request with one more token each time.
+
+        The same numbers as `duration_ns` has for each of them.
+        """
+        contention = self.contention(_DECODE, partition) if co_running else 1.0
+        num_decodes, context = shape.num_decodes, shape.num_decode_context
+        while True:
+            context += num_decodes
+            work_ns = self.work_ns(BatchShape(num_decodes, context, num_samples=num_decodes), partition.decode_units)
+            yield self.stretched_ns(work_ns, contention)
+
     def contention(self, lane: Lane, partition: SlotPartition) -> float:
         """Factor on a batch's time in this lane while the other lane is busy."""
         factors = self.device.contention
-        overlap = overlap_of(lane, partition)
+        split, cap, shared = overlap_of(lane, partition)
         if lane is _DECODE:
-            return factors.decode_split + (factors.decode_shared - factors.decode_split) * overlap
-        return factors.prefill_split + (factors.prefill_shared - factors.prefill_split) * overlap
+            return factors.decode_split * split + factors.decode_cap * cap + factors.decode_shared * shared
+        return factors.prefill_split * split + factors.prefill_cap * cap + factors.prefill_shared * shared
 
     def _rows_of(self, num_tokens: int) -> float:
         rows = self._rows.get(num_tokens)
@@ -201,10 +214,16 @@ class CostModel:
         return 1.0 + (reads - 1.0) * lost if lost > 0 else 1.0
 
 
-def overlap_of(lane: Lane, partition: SlotPartition) -> float:
-    """Which part of a lane's units the other lane uses as well, from 0 (split) to 1."""
+def overlap_of(lane: Lane, partition: SlotPartition) -> tuple[float, float, float]:
+    """Weights of the contention factors `split`, `cap` and `shared` in this lane; their sum is 1.
+
+    The decode lane of a capped partition meets the other lane on a part of its units: between two factors each.
+    """
     if partition.kind is _SPLIT:
-        return 0.0
-    if partition.kind is _CAP and lane is _DECODE:
-        return partition.prefill_units / partition.decode_units
-    return 1.0
+        return (1.0, 0.0, 0.0)
+    if partition.kind is not _CAP:
+        return (0.0, 0.0, 1.0)
+    if lane is not _DECODE:
+        return (0.0, 1.0, 0.0)
+    overlap = partition.prefill_units / partition.decode_units
+    return (max(0.0, 1.0 - 2.0 * overlap), 1.0 - abs(1.0 - 2.0 * overlap), max(0.0, 2.0 * overlap - 1.0))

@@ -13,16 +13,23 @@ from agentserve.errors import ConfigError
 class Contention:
     """Factors on a batch's time while the other lane is busy all the time; 1 is no effect.
 
-    `split` is for disjoint units, which still share bandwidth and caches; `shared` is for two lanes on all units. In a
-    capped partition the decode lane meets the other one on a part of its units, so it lies between the two.
+    `split` is for disjoint units, which still share bandwidth and caches; `shared` is for two lanes on all units. `cap`
+    is for capped partitions: of the decode lane when it meets the other one on half of its units (nan: half-way between
+    its other two), and of the prefill lane, which is never alone on any of its units (nan: as if shared).
     """
 
     decode_split: float
     prefill_split: float
     decode_shared: float
     prefill_shared: float
+    decode_cap: float = math.nan
+    prefill_cap: float = math.nan
 
     def __post_init__(self) -> None:
+        if math.isnan(self.decode_cap):
+            object.__setattr__(self, "decode_cap", (self.decode_split + self.decode_shared) / 2)
+        if math.isnan(self.prefill_cap):
+            object.__setattr__(self, "prefill_cap", self.prefill_shared)
         for field in fields(self):
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value >= 1.0):
@@ -31,7 +38,7 @@ class Contention:
     @classmethod
     def uniform(cls, factor: float) -> Contention:
         """The same factor for everything."""
-        return cls(factor, factor, factor, factor)
+        return cls(factor, factor, factor, factor, factor, factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,8 +120,10 @@ class _Reader:
             raise self.fail(at, "a list", value)
         return value
 
-    def names(self, value: dict[str, Any], expected: set[str], at: str) -> None:
-        if missing := sorted(expected - value.keys()):
+    def names(
+        self, value: dict[str, Any], expected: set[str], at: str, optional: set[str] | frozenset[str] = frozenset()
+    ) -> None:
+        if missing := sorted(expected - optional - value.keys()):
             raise ConfigError(f"profile {self._where}: {at} lacks {', '.join(missing)}")
         if unknown := sorted(value.keys() - expected):
             raise ConfigError(f"profile {self._where}: {at} has unknown fields {', '.join(unknown)}")
@@ -129,9 +131,12 @@ class _Reader:
     def build(self, kind: Any, value: Any, at: str, special: dict[str, Callable[[Any, str], Any]]) -> Any:
         content = self.mapping(value, at)
         fields = {field.name: field.type for field in dataclasses.fields(kind)}
-        self.names(content, set(fields), at)
+        optional = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
+        self.names(content, set(fields), at, optional)
         values = {}
         for name, type_name in fields.items():
+            if name not in content:
+                continue
             read = special.get(name) or self._readers()[str(type_name)]
             values[name] = read(content[name], f"{at}.{name}")
         try:

@@ -222,37 +222,43 @@ def _minimize(
 
 # ---- contention ----
 
-_CONTENTION_WEIGHT = 0.2
+_CONTENTION_WEIGHT = 0.1
 """How many samples the start value of a factor counts for."""
 
 
+_PLACES = ("split", "cap", "shared")
+
+
 def _fit_contention(samples: Sequence[Sample], device: DeviceProfile, model: ModelShape) -> Contention:
-    """The two factors of each lane: measured = (split + (shared - split) * overlap) * predicted alone."""
+    """The three factors of each lane: measured / predicted alone is a weighted mean of them (`overlap_of`)."""
     cost_model = CostModel(device, model)
     fixed_ns = device.overhead_ns + device.layer_overhead_ns * model.num_layers
     factors: dict[str, float] = {}
     for lane in Lane:
-        start = (getattr(device.contention, f"{lane}_split"), getattr(device.contention, f"{lane}_shared"))
         points = []
         for sample in (sample for sample in samples if sample.lane is lane):
             alone_ns = cost_model.duration_ns(sample.shape, lane, sample.partition, False) - fixed_ns
             if alone_ns > 0:
                 points.append((overlap_of(lane, sample.partition), (sample.duration_ns - fixed_ns) / alone_ns))
-        split, shared = _line(points, start)
-        factors[f"{lane}_split"], factors[f"{lane}_shared"] = max(1.0, split), max(1.0, shared)
+        start = tuple(getattr(device.contention, f"{lane}_{place}") for place in _PLACES)
+        for index, (place, factor) in enumerate(zip(_PLACES, _robust_means(points, start), strict=True)):
+            # What was not measured in a capped partition follows from the other two.
+            if place != "cap" or any(weights[index] > 0 for weights, _ in points):
+                factors[f"{lane}_{place}"] = max(1.0, factor)
     return Contention(**factors)
 
 
-def _line(points: Sequence[tuple[float, float]], start: tuple[float, float]) -> tuple[float, float]:
-    """Values at 0 and 1 of the line through the points with the least absolute error, by reweighted least squares."""
-    low, high = start
-    for _ in range(20 if points else 0):
-        a, b, c = _CONTENTION_WEIGHT, 0.0, _CONTENTION_WEIGHT
-        p, q = _CONTENTION_WEIGHT * start[0], _CONTENTION_WEIGHT * start[1]
-        for overlap, factor in points:
-            weight = 0.1 / max(0.1, abs(low + (high - low) * overlap - factor))
-            left, right = 1.0 - overlap, overlap
-            a, b, c = a + weight * left * left, b + weight * left * right, c + weight * right * right
-            p, q = p + weight * left * factor, q + weight * right * factor
-        low, high = (c * p - b * q) / (a * c - b * b), (a * q - b * p) / (a * c - b * b)
-    return low, high
+def _robust_means(points: Sequence[tuple[tuple[float, ...], float]], start: Sequence[float]) -> list[float]:
+    """Values whose weighted means are nearest to the points, in absolute error, by reweighted least squares."""
+    if not points:
+        return list(start)
+    import numpy as np  # noqa: PLC0415 - see above
+
+    values = np.array(start)
+    weights = np.array([weights for weights, _ in points])
+    factors = np.array([factor for _, factor in points])
+    for _ in range(20):
+        trust = 0.1 / np.maximum(0.1, np.abs(weights @ values - factors))
+        normal = (weights * trust[:, None]).T @ weights + _CONTENTION_WEIGHT * np.eye(len(start))
+        values = np.linalg.solve(normal, (weights * trust[:, None]).T @ factors + _CONTENTION_WEIGHT * np.array(start))
+    return [float(value) for value in values]

@@ -179,7 +179,7 @@ def controllers(source: Source) -> Figure | None:
     A panel is a row: workload, number of agents, and for each measure the predictive controller's value, the best of
     the others, which one that was, and by which fraction the predictive one is worse (negative: better). The best of
     each measure may be another one each time, so `beaten_by` has those that are better by more than the tolerance in
-    one measure and not worse by more than that in any.
+    one measure and not worse by more than that in any. `others`: all values of each of them.
     """
     panels = []
     for run in source.runs:
@@ -196,6 +196,7 @@ def controllers(source: Source) -> Figure | None:
         row: Figure = {"workload": run.workload, "num_agents": run.num_agents}
         for name, _ in ABLATION_MEASURES:
             row[name] = _against_best(name, mine[name], {key: values[name] for key, values in others.items()})
+        row["others"] = {key: {name: values[name] for name, _ in ABLATION_MEASURES} for key, values in others.items()}
         row["beaten_by"] = [key for key, values in others.items() if _beats(values, mine)]
         panels.append(row)
     return _figure("controllers", source, panels)

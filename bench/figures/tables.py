@@ -23,6 +23,17 @@ def controllers(figure: Figure) -> str:
         f"Each cell: predictive / best of the others (which one), difference; bold: worse by over {TOLERANCE:.0%}. The "
         f"best is another one in each column. Beaten by: who is better by over {TOLERANCE:.0%} in one column and not "
         "worse by more than that in any.",
+        "",
+        "| workload | against | " + " | ".join(heads) + " |",
+        "|---|---|" + "---|" * len(heads),
+    ]
+    for panel in figure["panels"]:
+        for key, values in panel["others"].items():
+            cells = [_against(panel[name], values[name], name) for name, _ in ABLATION_MEASURES]
+            rows.append(f"| {panel['workload']} | {VARIANTS[key].label} | " + " | ".join(cells) + " |")
+    rows += [
+        "",
+        "The same against each one: its value, and how much better the predictive controller is (negative: worse).",
     ]
     return "\n".join(rows) + "\n"
 
@@ -33,3 +44,10 @@ def _cell(value: dict[str, Any] | None) -> str:
     text = f"{value['predictive']:.1f} / {value['best']:.1f} ({VARIANTS[value['of']].label})"
     difference = f"{-value['worse_by']:+.0%}"
     return f"{text}, **{difference}**" if value["worse_by"] > TOLERANCE else f"{text}, {difference}"
+
+
+def _against(mine: dict[str, Any] | None, theirs: float | None, name: str) -> str:
+    if mine is None or not theirs:
+        return "-"
+    better = mine["predictive"] / theirs - 1.0 if name.endswith("_per_s") else 1.0 - mine["predictive"] / theirs
+    return f"{theirs:.1f}, {better:+.0%}"

@@ -11,8 +11,8 @@ from agentserve.errors import ConfigError
 
 
 def test_a_quick_measurement_cannot_rule_a_partition_out() -> None:
-    assert _hopeful(Contention(7.0, 3.0, 9.0, 5.0)) == Contention(1.25, 1.25, 2.0, 2.0)
-    plausible = Contention(1.05, 1.1, 1.6, 1.4)
+    assert _hopeful(Contention(7.0, 3.0, 9.0, 5.0)) == Contention(1.25, 1.25, 2.0, 2.0, 2.0, 2.0)
+    plausible = Contention(1.05, 1.1, 1.6, 1.4, 1.5, 1.3)
     assert _hopeful(plausible) == plausible
 
 

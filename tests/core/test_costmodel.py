@@ -180,6 +180,12 @@ def test_contention_depends_on_lane_and_kind() -> None:
     # The decode lane meets the other one on 2 of its 8 units, the capped one on all of its own.
     assert factor(Lane.DECODE, cap) == pytest.approx(1.5)
     assert factor(Lane.PREFILL, cap) == pytest.approx(3.0)
+    # What is measured at half of the units counts half there, and what is measured of caps for all of them.
+    model = cost_model(contention=replace(factors, decode_cap=2.0, prefill_cap=2.5), overhead_ns=1000)
+    assert factor(Lane.DECODE, cap) == pytest.approx((1.25 + 2.0) / 2)
+    assert factor(Lane.DECODE, SlotPartition(8, 4, PartitionKind.CAP)) == pytest.approx(2.0)
+    assert factor(Lane.DECODE, SlotPartition(8, 6, PartitionKind.CAP)) == pytest.approx((2.0 + 2.25) / 2)
+    assert factor(Lane.PREFILL, cap) == pytest.approx(2.5)
 
 
 # ---- what holds on any device ----

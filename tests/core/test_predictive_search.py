@@ -7,10 +7,11 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentserve.config import SLOTS, ControlConfig
+from agentserve.config import OBJECTIVES, SLOTS, ControlConfig
 from agentserve.core.batch import Batch, Lane, ScheduledChunk
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
-from agentserve.core.controllers.predictive import Option, PredictiveController
+from agentserve.core.controllers.merit import Option
+from agentserve.core.controllers.predictive import PredictiveController
 from agentserve.core.costmodel import BatchShape, CostModel, ModelShape
 from agentserve.core.request import WorkClass
 from agentserve.core.slots import build_partition_table
@@ -19,7 +20,7 @@ from tests.core.builders import MS, config, cost_model
 
 
 class Exhaustive(PredictiveController):
-    """The same controller, word for word as its rule is told: all options, all budgets."""
+    """The same controller with all chunks for taking turns, and all budgets for resumes that may come."""
 
     def _best_turns(self, signal: ControlSignal, wait_ns: float | None, *_: Any) -> list[Option]:
         return [self._turns(signal, chunk, wait_ns) for chunk in self._chunks]
@@ -39,9 +40,9 @@ class Exhaustive(PredictiveController):
         assert found is not None
         return found
 
-    def _side_by_side(self, signal: ControlSignal, partition: Any, wait_ns: float | None, works: Any) -> Option:
+    def _side_by_side(self, signal: ControlSignal, *rest: Any) -> Option:
         # With its budget at once.
-        return self._with_budget(super()._side_by_side(signal, partition, wait_ns, works), signal)
+        return self._with_budget(super()._side_by_side(signal, *rest), signal)
 
 
 SMALL = cost_model()
@@ -83,6 +84,7 @@ SIGNALS = st.builds(
     slots=st.sampled_from(SLOTS),
     hysteresis=st.sampled_from([0.0, 0.1, 0.5]),
     budgets=st.sampled_from([(16, 512), (1, 8192), (300, 300)]),
+    objective=st.sampled_from(OBJECTIVES),
 )
 def test_the_search_decides_as_all_options_and_all_budgets_would(
     signals: list[tuple[ControlSignal, float]],
@@ -92,6 +94,7 @@ def test_the_search_decides_as_all_options_and_all_budgets_would(
     slots: str,
     hysteresis: float,
     budgets: tuple[int, int],
+    objective: str,
 ) -> None:
     control = ControlConfig(
         slots=slots,
@@ -100,6 +103,7 @@ def test_the_search_decides_as_all_options_and_all_budgets_would(
         hysteresis=hysteresis,
         min_resume_budget=budgets[0],
         max_resume_budget=budgets[1],
+        objective=objective,
     )
     cost = LARGE if large else SMALL
     units = cost.device.compute_units

@@ -130,7 +130,7 @@ def test_a_cpu_is_found_back_from_a_quick_calibration() -> None:
     for residual in report.residuals:
         assert residual.median < 0.01, str(report)
     fitted, truth = report.profile.contention, CPU.contention
-    for name in ("decode_split", "prefill_split", "decode_shared", "prefill_shared"):
+    for name in ("decode_split", "prefill_split", "decode_shared", "prefill_shared", "decode_cap", "prefill_cap"):
         assert getattr(fitted, name) == pytest.approx(getattr(truth, name), rel=0.05), name
 
 

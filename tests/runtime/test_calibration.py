@@ -122,12 +122,12 @@ def test_both_lanes_are_busy_all_the_time_while_they_are_measured_together() -> 
     executor = spy()
     partition = TABLE.split_nearest(0.5)
     case = Case(partition, decode=Load(2, 64), prefill=Load(chunk=64))
-    measure(executor, replace(Grid.quick(TABLE, LIMITS), cases=(case,)))
+    measure(executor, replace(Grid.quick(TABLE, LIMITS), cases=(case,), num_rounds=1))
     together = [batch for batch in executor.batches if batch.co_running]
     assert {batch.partition for batch in together} == {partition}
     assert {batch.lane for batch in together} == set(Lane)
-    # 3 prefill chunks are timed after the one that warms up the slot.
-    assert len([batch for batch in together if batch.lane is Lane.PREFILL]) == 4
+    # 2 prefill chunks are timed after the one that warms up the slot.
+    assert len([batch for batch in together if batch.lane is Lane.PREFILL]) == 3
     durations = {Lane.DECODE: 0, Lane.PREFILL: 0}
     model = cost_model()
     for batch in together:
@@ -189,9 +189,10 @@ def test_when_the_time_is_spent_only_what_is_required_is_measured() -> None:
     samples = measure(spy(), grid, seen.append)
     required = [case for case in grid.cases if case.required]
     assert 0 < len(required) < len(grid.cases)
-    assert [progress.label for progress in seen] == [*(case.label for case in required), ""]
+    # There and back again: a disturbance of one round is outvoted by the other.
+    assert [progress.label for progress in seen] == [*(case.label for case in (*required, *reversed(required))), ""]
     assert {kind_of(sample) for sample in samples} == ALL_KINDS
-    assert seen[-1] == Progress(len(grid.cases), len(grid.cases), "")
+    assert seen[-1] == Progress(2 * len(grid.cases), 2 * len(grid.cases), "")
 
 
 @pytest.mark.parametrize("make", [Grid.quick, Grid.full])
@@ -339,6 +340,7 @@ def test_a_real_executor() -> None:
     assert all(sample.duration_ns > 0 for sample in samples)
     assert {sample.partition.kind for sample in samples if sample.co_running} <= {
         PartitionKind.SPLIT,
+        PartitionKind.CAP,
         PartitionKind.STREAM,
     }
     harness.executor.close()

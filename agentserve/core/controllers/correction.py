@@ -7,56 +7,77 @@ from typing import TypeAlias
 Mode: TypeAlias = tuple[str, str, bool]
 """Lane, kind of partition, and whether prompts and decodes are mixed in the batch."""
 
-_WEIGHT = 0.15
-"""Of the newest measurement in a moving average."""
-_FADE = 0.001
-"""Share of a correction that is forgotten with each measurement of another mode: what looked bad once, in another state
-of the machine, is tried again some day."""
-_LEAST, _MOST = 0.25, 4.0
-"""A single measurement counts at most this much: a batch may have been interrupted by anything."""
+_WEIGHT = 0.18
+"""Of the newest error, half of it for what modes have in common: a moving average over about six measurements."""
+_TRANSFER = 0.05
+"""Share of a mode's factor that becomes common with each measurement of it, if no other mode contradicts."""
+_FADE = 0.002
+"""Share of a mode's factor that is forgotten with each measurement of another one, and of what two lanes do to each
+other with each of a lane alone: what looked bad once is tried again some day."""
+_LEAST, _MOST = 0.5, 2.0
+"""A single error counts at most this much: a batch may have been interrupted by anything."""
+_DEVIATION_WEIGHT, _COMMON_WEIGHT = 0.15, 0.03
+_PRIOR_COUNT = 20
+"""A mode's own deviation weighs as much as that of all modes together once it was seen so often. With few measurements
+the mode that was tried would look worse than those that were not, for one slow batch."""
 _CAUTION = 2.0
 """Mean absolute deviations above the mean: about the 95th percentile of a normal distribution."""
 _WHOLE = "whole"
 
 
 class Corrections:
-    """Moving averages of measured / predicted, one for each mode.
+    """Measured / predicted as a product of what modes have in common and what is particular to one.
 
-    A mode that was never seen takes the mean of those in which a lane had the device to itself: a machine that is
-    slower today is so in every mode. What two lanes do to each other is known by kind of partition.
+    In common are the speed of the machine, which lanes that run alone tell, and what two lanes do to each other in any
+    partition. Only what a mode differs by may decide between modes, so the common factors follow every measurement,
+    also for modes never seen: else the partition that was tried while the machine was slow would look worse than the
+    others. All are geometric moving averages.
     """
 
     def __init__(self) -> None:
-        self._factors: dict[Mode, float] = {}
+        self._speed = 1.0
+        self._beside = 1.0
+        self._modes: dict[Mode, float] = {}
         self._deviations: dict[Mode, float] = {}
-        self._alone = 1.0
+        self._counts: dict[Mode, int] = {}
+        self._common_deviation = 0.0
         self.gap_ns = 0.0
         """Mean time between the end of a decode batch and the start of the next one: part of the time per token."""
 
     def observe(self, mode: Mode, ratio: float) -> None:
-        """Takes a measurement; `ratio` is measured / predicted."""
-        known, ratio = self.factor(mode), min(max(ratio, _LEAST), _MOST)
-        deviation = self._deviations.get(mode, 0.0)
-        self._deviations[mode] = deviation + _WEIGHT * (abs(ratio - known) - deviation)
-        self._factors[mode] = known + _WEIGHT * (ratio - known)
+        """Takes a measurement; `ratio` is measured / predicted without corrections."""
+        error = min(max(ratio / self.factor(mode), _LEAST), _MOST)
+        for other, factor in self._modes.items():
+            self._modes[other] = factor + _FADE * (1.0 - factor)
+        particular = self._modes.get(mode, 1.0) * error ** (_WEIGHT / 2)
+        common = error ** (_WEIGHT / 2) * particular**_TRANSFER
+        self._modes[mode] = particular ** (1.0 - _TRANSFER)
         if mode[1] == _WHOLE:
-            alone = [factor for (_, kind, _), factor in self._factors.items() if kind == _WHOLE]
-            self._alone = sum(alone) / len(alone)
-        for other, factor in self._factors.items():
-            if other != mode:
-                self._factors[other] = factor + _FADE * (self._alone - factor)
+            self._speed *= common
+            self._beside += _FADE * (1.0 - self._beside)
+        else:
+            self._beside *= common
+        distance = abs(error - 1.0)
+        own = self._deviations.get(mode, self._common_deviation)
+        self._deviations[mode] = own + _DEVIATION_WEIGHT * (distance - own)
+        self._common_deviation += _COMMON_WEIGHT * (distance - self._common_deviation)
+        self._counts[mode] = self._counts.get(mode, 0) + 1
 
     def observe_gap(self, gap_ns: int) -> None:
         """Takes the time between two batches; at least 0."""
-        self.gap_ns += _WEIGHT * (max(0, gap_ns) - self.gap_ns)
+        self.gap_ns += _DEVIATION_WEIGHT * (max(0, gap_ns) - self.gap_ns)
 
     def factor(self, mode: Mode) -> float:
         """What a prediction for this mode is multiplied with."""
-        return self._factors.get(mode, self._alone)
+        common = self._speed if mode[1] == _WHOLE else self._speed * self._beside
+        return common * self._modes.get(mode, 1.0)
 
     def high_factor(self, mode: Mode) -> float:
         """The same for a batch that is slower than most: a target is kept only if these keep it, too.
 
         Mean and multiples of the mean absolute deviation, as in the retransmission timer of TCP (Jacobson, 1988).
         """
-        return self.factor(mode) + _CAUTION * self._deviations.get(mode, 0.0)
+        count = self._counts.get(mode, 0)
+        own = self._deviations.get(mode, 0.0)
+        deviation = (count * own + _PRIOR_COUNT * self._common_deviation) / (count + _PRIOR_COUNT)
+        return self.factor(mode) * (1.0 + _CAUTION * deviation)

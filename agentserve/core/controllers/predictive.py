@@ -1,8 +1,10 @@
 """The default controller: asks the cost model what each way to share the device would do, and takes the best.
 
-Each *option* is a partition with a chunk size. Its predicted time between two tokens must stay under the target; of
-those that do, the one with the most prefill progress wins. Options are the splits, the caps, the shared device, and
-taking turns (prompts in the batches of the decodes), so a split is made only where it is predicted to pay: aggregate by
+Each *option* is a partition with a chunk size. The one with the most *power* wins: prompt tokens per second over the
+time between two tokens, which is throughput over delay (Kleinrock 1979); delay beyond the target counts more. With a
+target that somebody asked for it is a limit, and the one with the most prompt tokens per second under it wins, since
+the price in delay is named. Options are the splits, the caps, the shared device, and taking turns
+(prompts in the batches of the decodes), so the device is split only where that is predicted to pay: aggregate by
 default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general form. Short
 resumes may ride in the batches of the decodes or go to the prefill lane, which does not have to wait for the end of a
 batch that is running.
@@ -10,30 +12,35 @@ batch that is running.
 A longer chunk never makes a batch shorter, so not every option has to be looked at; the plan is the same.
 
 Predictions are corrected by what was measured, per way of sharing. A change of partition must promise more than the
-hysteresis.
+hysteresis, and so must whatever is to be taken instead of a split: in a split the lanes disturb each other least, so
+its prediction is the safest.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Callable, Iterator
 
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
 from agentserve.core.controllers.correction import Corrections, Mode
+from agentserve.core.controllers.merit import Merit, Option
 from agentserve.core.costmodel import BatchShape, CostModel
-from agentserve.core.records import record
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
 _PREFILL, _DECODE = Lane.PREFILL, Lane.DECODE
+_SPLIT = PartitionKind.SPLIT
 _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-_NEAR_END = 3
+_NEAR_END = 4
 """A chunk of the prefill lane that takes no longer than this multiple of the target is never too long: so near may the
 next batch boundary be."""
 _FAR_END, _MUCH_BETTER = 6, 1.1
 """Up to this multiple if that promises so much more: a device that is fast only with long chunks gets them."""
+_CHUNK_LEVEL = 1.15
+"""The chunk is chosen anew when the prefill lane turns out to be so much slower or faster than predicted."""
 _LEAST_SLOWDOWN = 1.4
 """Decodes may always be slowed down this much: a batch that misses the target by itself is no reason to read
 nothing."""
@@ -46,16 +53,6 @@ _CONTEXT_STEP = 256
 """A plan is kept while the context of the decodes grows by less than this per sequence."""
 _UNDECIDED = -1
 """A budget that is not needed to compare an option with others."""
-
-
-@record
-class Option:
-    """A way to share the device, and what is predicted of it."""
-
-    decision: Decision
-    tpot_ns: float
-    prefill_rate: float
-    """Prompt tokens per second."""
 
 
 class _DecodeWorks:
@@ -77,29 +74,6 @@ class _DecodeWorks:
             work_ns = self._cost.work_ns(self._decodes.with_prefill(num_resume_tokens, self._start), units)
             self._known[units, num_resume_tokens] = work_ns
         return work_ns
-
-
-class _Merit:
-    """How good options are; smaller is better.
-
-    By how much a target is missed, then what matters among those that meet it. `needed_rate` is in prompt tokens per
-    second; None if nothing is asked of it.
-    """
-
-    def __init__(self, target_ns: float, needed_rate: float | None) -> None:
-        self._target_ns = target_ns
-        self._needed_rate = needed_rate
-
-    def __call__(self, option: Option) -> tuple[float, float]:
-        missed = self.missed(option)
-        if self._needed_rate is None:
-            return (missed, -option.prefill_rate)
-        # In time is early enough: then the smoother stream is the better one.
-        return (max(missed, self._needed_rate / option.prefill_rate), option.tpot_ns)
-
-    def missed(self, option: Option) -> float:
-        """The time between two tokens in targets, at least 1. It alone bounds the first part of the merit."""
-        return max(option.tpot_ns / self._target_ns, 1.0)
 
 
 class PredictiveController:
@@ -124,8 +98,8 @@ class PredictiveController:
             "off": (),
         }[slots]
         self._corrections = Corrections()
-        self._lane_chunks = {p: self._lane_chunk(p, p.kind is not PartitionKind.WHOLE) for p in self._shared}
-        self._lone_chunk = self._lane_chunk(table.whole, co_running=False)
+        self._lane_chunks = {(p, 0): self._longest_chunk(p, co_running=True, factor=1.0) for p in self._shared}
+        self._lone_chunk = self._longest_chunk(table.whole, co_running=False, factor=1.0)
         self._lone_decision = Decision(table.whole, self._lone_chunk, self._lone_chunk)
         self._plan: Option | None = None
         self._planned_for: tuple[int, bool, bool, bool, int] | None = None
@@ -166,25 +140,24 @@ class PredictiveController:
     # ---- options ----
 
     def _choose(self, signal: ControlSignal) -> Option:
-        merit = _Merit(self._target_for(signal), self._needed_rate(signal))
+        merit = Merit(self._target_for(signal), self._needed_rate(signal), self._config.control.objective)
         floor = _MIN_PREFILL_SHARE * self._lone_rate(signal)
         wait_ns = self._wait_ns(signal)
-        options = [*self._best_turns(signal, wait_ns, floor, merit), *self._two_lanes(signal, wait_ns)]
+        options = [*self._best_turns(signal, wait_ns, floor, merit), *self._two_lanes(signal, wait_ns, merit)]
         fast_enough = [option for option in options if option.prefill_rate >= floor]
         if not fast_enough:
             fast_enough = [max(self.options(signal), key=lambda option: option.prefill_rate)]
         return self._with_budget(self._best(fast_enough, merit), signal)
 
-    def _best(self, options: list[Option], merit: _Merit) -> Option:
-        """The one with the most merit, unless the present partition has hardly less."""
+    def _best(self, options: list[Option], merit: Merit) -> Option:
+        """The one with the most merit, unless a split or the present partition has hardly less."""
         best = min(options, key=merit)
-        present = min((o for o in options if self._is_present(o)), key=merit, default=None)
-        if present is None or present is best:
-            return best
-        missed_alike = merit(present)[0] <= merit(best)[0] * (1.0 + self._hysteresis / 2)
-        if missed_alike and best.prefill_rate < present.prefill_rate * (1.0 + self._hysteresis):
-            return present
-        return best
+        most_missed = merit(best)[0] * (1.0 + self._hysteresis / 2)
+        least_gain = merit.gain(best) / (1.0 + self._hysteresis)
+        alike = [o for o in options if merit(o)[0] <= most_missed and merit.gain(o) > least_gain]
+        splits = [option for option in alike if option.decision.partition.kind is _SPLIT]
+        present = [option for option in splits or alike if self._is_present(option)]
+        return min(present or splits or [best], key=merit)
 
     def _is_present(self, option: Option) -> bool:
         return self._plan is not None and option.decision.partition == self._plan.decision.partition
@@ -198,27 +171,29 @@ class PredictiveController:
         """All ways to share the device with this work."""
         wait_ns = self._wait_ns(signal)
         turns = [self._turns(signal, chunk, wait_ns) for chunk in self._chunks]
-        return [self._with_budget(option, signal) for option in (*turns, *self._two_lanes(signal, wait_ns))]
+        merit = Merit(self._target_for(signal), self._needed_rate(signal), self._config.control.objective)
+        return [self._with_budget(option, signal) for option in (*turns, *self._two_lanes(signal, wait_ns, merit))]
 
-    def _best_turns(self, signal: ControlSignal, wait_ns: float | None, floor: float, merit: _Merit) -> list[Option]:
+    def _best_turns(self, signal: ControlSignal, wait_ns: float | None, floor: float, merit: Merit) -> list[Option]:
         """Taking turns, without chunks that cannot be better than a shorter one."""
         found: list[Option] = []
-        least = math.inf
+        best: Option | None = None
+        pending = _pending(signal)
         for chunk in self._chunks:
             option = self._turns(signal, chunk, wait_ns)
-            if merit.missed(option) > least:
-                break  # longer ones miss the target by no less
+            if best is not None and merit.is_hopeless(option, min(pending, self._chunks[-1]), best):
+                break
             found.append(option)
-            if option.prefill_rate >= floor:
-                least = min(least, merit(option)[0])
-            if chunk >= _pending(signal):
+            if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
+                best = option
+            if chunk >= pending:
                 break  # longer ones make the same batch
         return found
 
-    def _two_lanes(self, signal: ControlSignal, wait_ns: float | None) -> list[Option]:
+    def _two_lanes(self, signal: ControlSignal, wait_ns: float | None, merit: Merit) -> list[Option]:
         if signal.num_prefill_tokens > 0:
             works = _DecodeWorks(self._cost, signal)
-            return [self._side_by_side(signal, partition, wait_ns, works) for partition in self._shared]
+            return [self._side_by_side(signal, partition, wait_ns, works, merit) for partition in self._shared]
         if signal.num_resume_tokens > 0:
             return [self._apart(signal, partition) for partition in self._shared]
         return []
@@ -233,20 +208,38 @@ class PredictiveController:
         return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, rate)
 
     def _side_by_side(
-        self, signal: ControlSignal, partition: SlotPartition, wait_ns: float | None, works: _DecodeWorks
+        self,
+        signal: ControlSignal,
+        partition: SlotPartition,
+        wait_ns: float | None,
+        works: _DecodeWorks,
+        merit: Merit,
     ) -> Option:
         """Cold and long prompts in the prefill lane; short resumes, and who waits for that lane, with the decodes."""
-        chunk = self._lane_chunks[partition]
-        rate = self._lane_rate(partition, min(chunk, signal.num_prefill_tokens), signal.prefill_start)
-        if signal.num_resume_tokens + signal.num_waiting_prefill_tokens > 0:
-            budget, tpot_ns = self._resume_budget(partition, works)
+        chunk = self._lane_chunk(partition)
+        lane_rate = self._lane_rate(partition, min(chunk, signal.num_prefill_tokens), signal.prefill_start)
+        best: Option | None = None
+        if signal.num_resume_tokens == 0:
+            tpot_ns = self._predict_tpot(signal.decodes, partition, True)
+            best = Option(Decision(partition, _UNDECIDED, chunk), tpot_ns, lane_rate)
+        may_ride = signal.num_resume_tokens + signal.num_waiting_prefill_tokens > 0
+        for budget, tpot_ns in self._riding_times(partition, works) if may_ride else ():
             shares = tpot_ns <= self._target_ns
             riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
-            if riding > 0:
-                rate += _delayed(wait_ns, min(budget, riding) * 1e9 / tpot_ns, riding)
-                return Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
-        tpot_ns = self._predict_tpot(signal.decodes, partition, True)
-        return Option(Decision(partition, _UNDECIDED, chunk), tpot_ns, rate)
+            if best is not None and not shares:
+                break
+            rate = lane_rate + _delayed(wait_ns, min(budget, riding) * 1e9 / tpot_ns, riding)
+            option = Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
+            if best is not None and not self._is_better(option, best, merit):
+                break  # with the next budget a little more rides, and every token takes longer
+            best = option
+        assert best is not None, "some resume rides, whatever the target says"
+        return best
+
+    def _is_better(self, riding: Option, best: Option, merit: Merit) -> bool:
+        """Whether more riders pay. The first ones disturb the decodes: they must promise more than the hysteresis."""
+        least = merit.gain(best) * (1.0 if best.decision.shares_budget else 1.0 + self._hysteresis)
+        return merit(riding)[0] <= merit(best)[0] and merit.gain(riding) >= least
 
     def _with_budget(self, option: Option, signal: ControlSignal) -> Option:
         """The option with the budget for resumes that may come, which did not matter as long as there are none."""
@@ -259,7 +252,7 @@ class PredictiveController:
 
     def _apart(self, signal: ControlSignal, partition: SlotPartition) -> Option:
         """Short resumes in the prefill lane, which nobody else needs, and nothing but decodes in the other one."""
-        chunk = self._lane_chunks[partition]
+        chunk = self._lane_chunk(partition)
         rate = self._lane_rate(partition, min(chunk, signal.num_resume_tokens), signal.riding_start)
         return Option(Decision(partition, 0, chunk), self._predict_tpot(signal.decodes, partition, True), rate)
 
@@ -280,6 +273,17 @@ class PredictiveController:
 
         And the time between two tokens with so many.
         """
+        tpot_ns = self._riding_time(partition, works)
+        budget = self._budgets[bisect_right(self._budgets, float(self._target_ns), lo=1, key=tpot_ns) - 1]
+        return budget, tpot_ns(budget)
+
+    def _riding_times(self, partition: SlotPartition, works: _DecodeWorks) -> Iterator[tuple[int, float]]:
+        """Budgets for resumes in decode batches, and the time between two tokens with so many; shortest first."""
+        tpot_ns = self._riding_time(partition, works)
+        return ((budget, tpot_ns(budget)) for budget in self._budgets)
+
+    def _riding_time(self, partition: SlotPartition, works: _DecodeWorks) -> Callable[[int], float]:
+        """The time between two tokens as a function of the resume tokens in each decode batch."""
         contention = self._cost.contention(_DECODE, partition)
         factor = self._corrections.high_factor((_DECODE, partition.kind, True))
         gap_ns, units = self._corrections.gap_ns, partition.decode_units
@@ -287,8 +291,7 @@ class PredictiveController:
         def tpot_ns(budget: int) -> float:
             return self._cost.stretched_ns(works.get(units, budget), contention) * factor + gap_ns
 
-        budget = self._budgets[bisect_right(self._budgets, float(self._target_ns), lo=1, key=tpot_ns) - 1]
-        return budget, tpot_ns(budget)
+        return tpot_ns
 
     # ---- predictions ----
 
@@ -320,10 +323,19 @@ class PredictiveController:
         left_ns = signal.oldest_prefill_arrival_ns + self._ttft_target_ns - signal.now_ns
         return _pending(signal) * 1e9 / max(left_ns, self._target_ns)
 
-    def _lane_chunk(self, partition: SlotPartition, co_running: bool) -> int:
+    def _lane_chunk(self, partition: SlotPartition) -> int:
+        """The chunk of the prefill lane beside a busy decode lane, as long as measured times suggest."""
+        level = round(math.log(self._corrections.factor((_PREFILL, partition.kind, False)), _CHUNK_LEVEL))
+        chunk = self._lane_chunks.get((partition, level))
+        if chunk is None:
+            chunk = self._longest_chunk(partition, True, _CHUNK_LEVEL**level)
+            self._lane_chunks[partition, level] = chunk
+        return chunk
+
+    def _longest_chunk(self, partition: SlotPartition, co_running: bool, factor: float) -> int:
         """The longest chunk whose end is near: longer ones are no slower per token, and need fewer batches."""
         durations = {
-            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), _PREFILL, partition, co_running)
+            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), _PREFILL, partition, co_running) * factor
             for chunk in self._chunks
         }
 
