@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from aiohttp import web
 
 from agentserve.errors import ConfigError
-from agentserve.server import info_routes, openai_routes
+from agentserve.server import (
+    agent_routes,
+    anthropic_routes,
+    info_routes,
+    openai_routes,
+    openapi,
+    responses_routes,
+    token_routes,
+)
 from agentserve.server.middleware import add_headers, guard, handle_errors
 from agentserve.server.state import STATE, ServerOptions, ServerState
 
@@ -31,8 +39,19 @@ def create_app(state: ServerState) -> web.Application:
     for prefix in ("/v1", ""):
         router.add_post(f"{prefix}/chat/completions", openai_routes.chat_completions)
         router.add_post(f"{prefix}/completions", openai_routes.completions)
+        router.add_post(f"{prefix}/responses", responses_routes.responses)
+        router.add_post(f"{prefix}/responses/input_tokens", responses_routes.input_tokens)
+        router.add_post(f"{prefix}/messages", anthropic_routes.messages)
+        router.add_post(f"{prefix}/messages/count_tokens", anthropic_routes.messages_count_tokens)
         router.add_get(f"{prefix}/models", info_routes.list_models)
         router.add_get(f"{prefix}/models/{{name:.+}}", info_routes.get_model)
+    router.add_post("/tokenize", token_routes.tokenize)
+    router.add_post("/detokenize", token_routes.detokenize)
+    router.add_get("/props", token_routes.props)
+    router.add_get("/agentserve/sessions", agent_routes.sessions)
+    router.add_get("/agentserve/agents", agent_routes.agents)
+    router.add_get("/agentserve/cache/explain", agent_routes.explain)
+    router.add_get("/openapi.json", openapi.openapi)
     router.add_get("/", info_routes.root)
     router.add_get("/health", info_routes.health)
     router.add_get("/ready", info_routes.ready)

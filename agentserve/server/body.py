@@ -17,6 +17,8 @@ _ModelT = TypeVar("_ModelT", bound=BaseModel)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ignored_fields_seen: set[str] = set()
 _MAX_FIELDS_SEEN = 256
+MAX_DEPTH = 128
+"""Levels of a body. Schemas of tools, the deepest part, have a dozen."""
 
 
 async def read_json_object(request: web.Request) -> dict[str, Any]:
@@ -43,6 +45,7 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         value = json.loads(text, parse_constant=_refuse_constant)
         if "\\ud" in text or "\\uD" in text:
             value = _replace_surrogates(value)
+        _check_depth(value)
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"The body is not valid UTF-8 (byte {error.start}).", code="invalid_json") from error
     except RecursionError as error:
@@ -77,6 +80,22 @@ def format_location(location: tuple[int | str, ...]) -> str:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _check_depth(value: Any) -> None:
+    """What is read here is also written somewhere: into a prompt, or back to the client. Raises InvalidRequestError."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequestError("The body is nested too deeply.", code="invalid_json")
 
 
 def _replace_surrogates(value: Any) -> Any:

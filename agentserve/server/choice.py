@@ -1,22 +1,38 @@
-"""One stream of tokens, as text."""
+"""One stream of tokens, as typed pieces of text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import EngineError
 from agentserve.runtime.client import StreamEnd, StreamEvent, StreamProgress, StreamTokens, TokenStream
-from agentserve.server.errors import ShuttingDownError
+from agentserve.server.answer_format import AnswerParser, merge
+from agentserve.server.errors import ShuttingDownError, SlowReaderError
 from agentserve.server.observe import RequestObserver
-from agentserve.server.types import ChoiceFinished, GenerationEvent, Progress, TextDelta, TokenLogprob
+from agentserve.server.recorder import AnswerRecorder
+from agentserve.server.types import ChoiceFinished, Delta, GenerationEvent, Progress, TokenLogprob
 from agentserve.text.detokenizer import IncrementalDetokenizer
 from agentserve.text.stop import StopStringMatcher
 from agentserve.text.tokenizer import Tokenizer
+from agentserve.text.tools.spec import Piece, ReasoningPiece, ToolCallFinished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceOptions:
+    """How the tokens of one choice are read."""
+
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    one_call: bool
+    """Whether the answer ends with its first complete tool call."""
+    limit_is_window: bool
+    """Whether `sampling.max_tokens` is what is left of the window rather than the client's own limit."""
 
 
 class Choice:
-    """Detokenizes the stream of one choice, looks for stop strings and counts."""
+    """Detokenizes the stream of one choice, looks for stop strings, parses and counts."""
 
     def __init__(
         self,
@@ -24,64 +40,79 @@ class Choice:
         stream: TokenStream,
         *,
         tokenizer: Tokenizer,
-        prompt_token_ids: Sequence[int],
-        sampling: SamplingParams,
-        stop: tuple[str, ...],
+        detokenizer: IncrementalDetokenizer,
+        parser: AnswerParser,
+        options: ChoiceOptions,
         observer: RequestObserver,
+        recorder: AnswerRecorder,
     ) -> None:
         self.index = index
         self.finished = False
         self.num_output_tokens = 0
         self.num_cached_tokens = 0
+        self.num_reasoning_tokens = 0
         self.num_preemptions = 0
         self.work_class = ""
         self.queue_ns = 0
         self._stream = stream
         self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._detokenizer = IncrementalDetokenizer(tokenizer, prompt_token_ids=prompt_token_ids)
-        self._matcher = StopStringMatcher(stop) if stop else None
+        self._detokenizer = detokenizer
+        self._parser = parser
+        self._options = options
+        self._matcher = StopStringMatcher(options.stop) if options.stop else None
+        self._stop_string: str | None = None
         self._stopped = False
+        self._is_reasoning = False
+        self._num_tool_calls = 0
         self._observer = observer
+        self.recorder = recorder
 
     async def receive(self) -> list[GenerationEvent]:
         """Waits for the next event of the stream; the list may be empty.
 
-        Raises EngineError when the engine failed and ShuttingDownError after `abort`.
+        Raises EngineError when the engine failed, ShuttingDownError after `abort`, and SlowReaderError when too much
+        was left unread.
         """
         event: StreamEvent = await anext(self._stream)
         if isinstance(event, StreamEnd):
             return self._end(event)
-        if self._stopped:  # what was sampled before the engine heard of the stop string
+        if self._stopped:  # what was sampled before the engine heard that this is the end
             return []
         if isinstance(event, StreamProgress):
-            return [Progress(self.index, event.num_computed_tokens, event.num_prompt_tokens)]
+            elapsed_ns = self._observer.elapsed_ns()
+            return [Progress(self.index, event.num_computed_tokens, event.num_prompt_tokens, elapsed_ns)]
         return self._push(event)
 
     def abort(self) -> None:
         self._stream.finish(FinishReason.CANCELLED)
 
     def _push(self, event: StreamTokens) -> list[GenerationEvent]:
-        pieces: list[str] = []
+        pieces: list[Piece] = []
         logprobs: list[TokenLogprob] = []
         num_before = self.num_output_tokens
         for sample in event.samples:
             self.num_output_tokens += 1
-            if sample.token_id in self._sampling.stop_token_ids:
+            if sample.token_id in self._options.sampling.stop_token_ids:
+                self.recorder.end_turn()
                 break  # ends the generation and is not part of the text
+            self.recorder.token(sample.token_id)
             if sample.logprob is not None:
                 logprobs.append(self._describe(sample.token_id, sample.logprob, sample.top_logprobs))
-            pieces.append(self._match(self._detokenizer.push(sample.token_id)))
+            pieces += self._read(self._match(self._detokenizer.push(sample.token_id)))
+            self.num_reasoning_tokens += self._is_reasoning
             if self._stopped:
                 self._stream.finish(FinishReason.STOP)
                 break
+        self.recorder.show(pieces)
         self._observer.tokens(self.index, event.times_ns[: self.num_output_tokens - num_before])
-        return self._delta("".join(pieces), logprobs)
+        return self._delta(pieces, logprobs)
 
     def _end(self, end: StreamEnd) -> list[GenerationEvent]:
         self.finished = True
         reason = FinishReason.STOP if self._stopped else end.reason
         self._observer.ended(self.index, reason, end.stats)
+        if end.overflowed and not self._stopped:
+            raise SlowReaderError("The stream was read too slowly, so the request was ended.")
         if reason is FinishReason.ERROR:
             raise EngineError(end.error or "the engine failed")
         if reason is FinishReason.CANCELLED:
@@ -92,27 +123,55 @@ class Choice:
         self.work_class = stats.first_work_class
         if stats.first_scheduled_ns is not None:
             self.queue_ns = stats.first_scheduled_ns - stats.arrival_ns
-        events: list[GenerationEvent] = []
+        pieces: list[Piece] = []
         if not self._stopped:
             text = self._match(self._detokenizer.flush())
             if self._matcher is not None and not self._stopped:
                 text += self._matcher.flush()
             reason = FinishReason.STOP if self._stopped else reason
-            events += self._delta(text, [])
-        return [*events, ChoiceFinished(self.index, reason, self.num_output_tokens)]
+            pieces += self._read(text)
+        if not (self._options.one_call and self._num_tool_calls):
+            pieces += self._note(self._parser.finish())
+        self.recorder.show(pieces)
+        if self._stop_string is None:
+            self.recorder.finish()
+        finished = ChoiceFinished(
+            self.index,
+            reason,
+            self.num_output_tokens,
+            self._num_tool_calls,
+            self._stop_string,
+            at_window=reason is FinishReason.LENGTH and self._options.limit_is_window,
+        )
+        return [*self._delta(pieces, []), finished]
 
     def _match(self, text: str) -> str:
         """What of `text` may be shown by now. Stop strings count only once `min_tokens` are there."""
-        if self._matcher is None or not text or self.num_output_tokens <= self._sampling.min_tokens:
+        if self._matcher is None or not text or self.num_output_tokens <= self._options.sampling.min_tokens:
             return text
-        safe, matched = self._matcher.push(text)
-        self._stopped = matched is not None
+        safe, self._stop_string = self._matcher.push(text)
+        self._stopped = self._stop_string is not None
         return safe
 
-    def _delta(self, text: str, logprobs: list[TokenLogprob]) -> list[GenerationEvent]:
-        if not text and not logprobs:
+    def _read(self, text: str) -> Sequence[Piece]:
+        return self._note(self._parser.push(text)) if text else ()
+
+    def _note(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        for position, piece in enumerate(pieces, start=1):
+            self._is_reasoning = isinstance(piece, ReasoningPiece)
+            if isinstance(piece, ToolCallFinished) and piece.complete:
+                self._num_tool_calls += 1
+                if self._options.one_call:
+                    self._stopped = True
+                    if position < len(pieces):
+                        self.recorder.hide()
+                    return pieces[:position]
+        return pieces
+
+    def _delta(self, pieces: Sequence[Piece], logprobs: list[TokenLogprob]) -> list[GenerationEvent]:
+        if not pieces and not logprobs:
             return []
-        return [TextDelta(self.index, text, tuple(logprobs), self.num_output_tokens)]
+        return [Delta(self.index, merge(pieces), tuple(logprobs), self.num_output_tokens)]
 
     def _describe(self, token_id: int, logprob: float, top: tuple[tuple[int, float], ...]) -> TokenLogprob:
         data = self._tokenizer.token_bytes(token_id)

@@ -1,7 +1,7 @@
-"""From errors to HTTP: one table, one shape.
+"""From errors to HTTP: one table, a shape for each family of dialects.
 
-Every failure of an OpenAI route is `{"error": {"message", "type", "param", "code"}}`, which the SDKs turn into
-exceptions of their own.
+A failure of an OpenAI route is `{"error": {"message", "type", "param", "code"}}`, one of an Anthropic route
+`{"type": "error", "error": {"type", "message"}, "request_id"}`. The SDKs turn them into exceptions of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from aiohttp import web
 from agentserve.errors import (
     AgentServeError,
     AuthenticationError,
+    ContextLengthExceededError,
     EngineError,
     ForbiddenHostError,
     ModelNotFoundError,
@@ -31,6 +32,12 @@ class ShuttingDownError(RequestError):
     """The daemon drains: it finishes what it has and takes nothing new."""
 
     code = "shutting_down"
+
+
+class SlowReaderError(RequestError):
+    """A client reads its stream so slowly that its request was ended."""
+
+    code = "client_too_slow"
 
 
 class UnsupportedParameterError(RequestError):
@@ -67,6 +74,18 @@ _TABLE: tuple[tuple[type[AgentServeError], int, str], ...] = (
 )
 
 
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    417: "invalid_request_error",
+    503: "overloaded_error",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorReply:
     """An error as HTTP sees it, independent of the dialect."""
@@ -77,6 +96,14 @@ class ErrorReply:
     param: str | None = None
     code: str | None = None
     retry_after_s: int | None = None
+    anthropic_message: str | None = None
+    """Where clients of that dialect look for other words."""
+
+    def anthropic_body(self, request_id: str | None) -> dict[str, Any]:
+        """The JSON object of the Anthropic dialect; also an event of its streams."""
+        error_type = _ANTHROPIC_TYPES.get(self.status, "api_error")
+        message = self.anthropic_message or self.message
+        return {"type": "error", "error": {"type": error_type, "message": message}, "request_id": request_id}
 
     def body(self) -> dict[str, Any]:
         """The JSON object of the OpenAI dialect."""
@@ -87,8 +114,9 @@ class ErrorReply:
             return {}
         return {"Retry-After": str(self.retry_after_s), "x-should-retry": "true"}
 
-    def response(self) -> web.Response:
-        return web.json_response(self.body(), status=self.status, headers=self.headers())
+    def response(self, *, anthropic: bool = False, request_id: str | None = None) -> web.Response:
+        body = self.anthropic_body(request_id) if anthropic else self.body()
+        return web.json_response(body, status=self.status, headers=self.headers())
 
 
 def describe_error(error: Exception) -> ErrorReply:
@@ -102,8 +130,15 @@ def describe_error(error: Exception) -> ErrorReply:
                 param=getattr(error, "param", None),
                 code=getattr(error, "code", None) or ("engine_error" if isinstance(error, EngineError) else None),
                 retry_after_s=_retry_after_s(error),
+                anthropic_message=_anthropic_message(error),
             )
     return ErrorReply(500, "server_error", "Internal error; the server's log has the details.", code="internal_error")
+
+
+def _anthropic_message(error: AgentServeError) -> str | None:
+    if isinstance(error, ContextLengthExceededError):
+        return f"prompt is too long: {error.num_tokens} tokens > {error.max_model_len} maximum"
+    return None
 
 
 def _retry_after_s(error: AgentServeError) -> int | None:

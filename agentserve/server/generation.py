@@ -6,66 +6,59 @@ import asyncio
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING
 
 from agentserve.core.request import SamplingParams
-from agentserve.errors import InvalidRequestError
+from agentserve.errors import InvalidGrammarError, InvalidRequestError
 from agentserve.runtime.client import EngineClient
-from agentserve.server.choice import Choice
+from agentserve.server.answer_format import AnswerParser, AnswerSupport
+from agentserve.server.caching import CacheOptions, Caching
+from agentserve.server.choice import Choice, ChoiceOptions
+from agentserve.server.errors import UnsupportedParameterError
 from agentserve.server.metrics import ServerMetrics
 from agentserve.server.observe import RequestObserver
+from agentserve.server.prompt import ChatRenderer, PromptBuilder, TokenizedPrompt
+from agentserve.server.recorder import AnswerRecorder
 from agentserve.server.types import (
     ChatPrompt,
     ChoiceFinished,
+    Delta,
     Finished,
     GenerateRequest,
     GenerationEvent,
     Prompt,
-    TextDelta,
-    TextPrompt,
     TokenPrompt,
     Usage,
 )
+from agentserve.text.detokenizer import IncrementalDetokenizer
+from agentserve.text.grammar.source import Constraint
 from agentserve.text.tokenizer import Tokenizer
+from agentserve.text.tools.parser import PlainParser
+from agentserve.text.tools.spec import TextPiece
+
+if TYPE_CHECKING:
+    from agentserve.text.grammar.compiler import CompiledGrammar
 
 _NUM_TEXT_WORKERS = 2
-
-
-class ChatRenderer(Protocol):
-    """Renders a conversation. Called in worker threads. Raises InvalidRequestError for one it cannot render."""
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        template_kwargs: Mapping[str, Any] | None = None,
-    ) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _TokenizedPrompt:
-    token_ids: tuple[int, ...]
-    text: str
-    """What `echo` shows; empty unless it was asked for."""
 
 
 class Generation:
     """The events of one `GenerateRequest`, as an async iterator. The choices of several streams are interleaved."""
 
-    def __init__(self, choices: list[Choice], prompts: Sequence[_TokenizedPrompt], num_choices_each: int) -> None:
+    def __init__(
+        self, choices: list[Choice], prompts: Sequence[TokenizedPrompt], num_choices_each: int, *, echo: bool
+    ) -> None:
         self._choices = choices
         self._num_choices_each = num_choices_each
         self._num_open = len(choices)
         self._pending: list[GenerationEvent] = [
-            TextDelta(choice.index, prompts[choice.index // num_choices_each].text, (), 0)
+            Delta(choice.index, (TextPiece(prompts[choice.index // num_choices_each].text),), (), 0)
             for choice in choices
-            if prompts[choice.index // num_choices_each].text
+            if echo and prompts[choice.index // num_choices_each].text
         ]
         self._next = 0
         self._finished = False
@@ -128,10 +121,14 @@ class Generation:
             num_prompt_tokens=self.num_prompt_tokens,
             num_output_tokens=sum(choice.num_output_tokens for choice in self._choices),
             num_cached_tokens=sum(choice.num_cached_tokens for choice in firsts),
+            num_reasoning_tokens=sum(choice.num_reasoning_tokens for choice in self._choices),
             work_class=self._choices[0].work_class,
             queue_ns=self._choices[0].queue_ns,
             num_preemptions=sum(choice.num_preemptions for choice in self._choices),
         )
+
+
+_DEFAULTS = CacheOptions()
 
 
 class GenerationService:
@@ -144,11 +141,23 @@ class GenerationService:
         chat_template: ChatRenderer | None,
         metrics: ServerMetrics,
         *,
+        support: AnswerSupport | None = None,
+        options: CacheOptions = _DEFAULTS,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._support = support or AnswerSupport()
+        form = self._support.format
+        self.caching = Caching(options, metrics, partial(tokenizer.decode, skip_special_tokens=False))
+        self._prompts = PromptBuilder(
+            tokenizer,
+            chat_template,
+            history=self.caching.history,
+            stabilizer=self.caching.stabilizer,
+            max_model_len=client.max_model_len,
+            tool_format=None if form is None else form.tool_format_name,
+        )
         self._metrics = metrics
         self._clock_ns = clock_ns
         self._workers = ThreadPoolExecutor(_NUM_TEXT_WORKERS, thread_name_prefix="agentserve-text")
@@ -185,83 +194,122 @@ class GenerationService:
             clock_ns=self._clock_ns,
         )
         self._check_tokens(request)
-        work = [self._run(self._tokenize, prompt, request.echo) for prompt in request.prompts]
-        prompts = await asyncio.gather(*work)
+        prompts = await self.tokenize(request)
+        grammars = [await self._compile(request, *pair) for pair in zip(request.prompts, prompts, strict=True)]
         observer.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         async with AsyncExitStack() as stack:
-            choices = await self._submit(request, request_id, prompts, observer, stack)
-            generation = Generation(choices, prompts, request.num_choices)
+            trace = self.caching.begin(prompts[0], request, observer.request_id)
+            stack.callback(trace.close)
+            choices = await self._submit(request, request_id, prompts, grammars, observer=observer, stack=stack)
+            generation = Generation(choices, prompts, request.num_choices, echo=request.echo)
             self._running.add(generation)
             try:
                 yield generation
             finally:
                 self._running.discard(generation)
                 await generation.close()
+                self.caching.end(trace, choices[0].recorder, observer)
                 observer.close(len(choices))
+
+    async def tokenize(self, request: GenerateRequest) -> list[TokenizedPrompt]:
+        """The prompts as the engine would get them. Raises InvalidRequestError."""
+        loop = asyncio.get_running_loop()
+        build = partial(self._prompts.build, identity=request.identity, cache_salt=request.cache_salt)
+        work = [
+            loop.run_in_executor(self._workers, partial(build, prompt, echo=request.echo)) for prompt in request.prompts
+        ]
+        return await asyncio.gather(*work)
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text. Raises InvalidRequestError for one that is no Unicode."""
+        work = partial(self._tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of tokens, special ones included. Raises InvalidRequestError for ids that no token has."""
+        self._check_ids("tokens", token_ids)
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    async def _compile(
+        self, request: GenerateRequest, prompt: Prompt, tokenized: TokenizedPrompt
+    ) -> CompiledGrammar | None:
+        """Raises InvalidRequestError for a form that cannot be enforced: unconstrained text is never the answer."""
+        tools = prompt.tools if isinstance(prompt, ChatPrompt) else ()
+        is_chat = isinstance(prompt, ChatPrompt) and self._support.format is not None
+        constraint = Constraint(tools, request.tool_choice, request.response_format, may_reason=is_chat)
+        if not constraint.is_constrained:
+            return None
+        if self._support.grammars is None:
+            raise UnsupportedParameterError(
+                "The form of an answer cannot be enforced here.", param=request.format_param
+            )
+        try:
+            return await self._support.grammars.compile(constraint, tokenized.text if is_chat else "")
+        except InvalidGrammarError as error:
+            # A new one each time: whoever asks for the same grammar again is told the same.
+            raise _in_words_of(request, error) from None
 
     async def _submit(
         self,
         request: GenerateRequest,
         request_id: str,
-        prompts: Sequence[_TokenizedPrompt],
+        prompts: Sequence[TokenizedPrompt],
+        grammars: Sequence[CompiledGrammar | None],
+        *,
         observer: RequestObserver,
         stack: AsyncExitStack,
     ) -> list[Choice]:
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        jobs: list[tuple[_TokenizedPrompt, SamplingParams]] = []
-        for prompt in prompts:
+        jobs: list[tuple[Prompt, TokenizedPrompt, CompiledGrammar | None, SamplingParams]] = []
+        for prompt, tokenized, grammar in zip(request.prompts, prompts, grammars, strict=True):
             params = [
-                self._sampling(request, len(prompt.token_ids), derive_seed(seed, index))
+                self._sampling(request, len(tokenized.token_ids), derive_seed(seed, index))
                 for index in range(request.num_choices)
             ]
             # All of them are checked before the first one is submitted.
-            self._client.check(len(prompt.token_ids), params[0], param=request.prompt_param)
-            jobs.extend((prompt, sampling) for sampling in params)
+            self._client.check(len(tokenized.token_ids), params[0], param=request.prompt_param)
+            jobs.extend((prompt, tokenized, grammar, sampling) for sampling in params)
         choices = []
-        for index, (prompt, sampling) in enumerate(jobs):
+        for index, (prompt, tokenized, grammar, sampling) in enumerate(jobs):
             stream = self._client.generate(
-                prompt.token_ids,
+                tokenized.token_ids,
                 sampling,
                 request_id=f"{request_id}-{index}",
                 agent_id=request.identity.agent_id,
                 session_id=request.identity.session_id,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
+                adapter=request.adapter,
+                grammar=grammar,
                 param=request.prompt_param,
             )
             await stack.enter_async_context(stream)
+            parser, tokenizer = self._reading(request, prompt, tokenized)
             choices.append(
                 Choice(
                     index,
                     stream,
                     tokenizer=self._tokenizer,
-                    prompt_token_ids=prompt.token_ids,
-                    sampling=sampling,
-                    stop=request.sampling.stop,
+                    detokenizer=IncrementalDetokenizer(tokenizer, prompt_token_ids=tokenized.token_ids),
+                    parser=parser,
+                    options=_choice_options(request, sampling),
                     observer=observer,
+                    recorder=AnswerRecorder(tokenized, self.caching.history if self._prompts.keeps_answers else None),
                 )
             )
         return choices
 
-    async def _run(self, function: Callable[..., _TokenizedPrompt], *args: Any) -> _TokenizedPrompt:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *args)
-
-    def _tokenize(self, prompt: Prompt, echo: bool) -> _TokenizedPrompt:
-        """Runs in a worker thread."""
-        if isinstance(prompt, ChatPrompt):
-            if self._chat_template is None:
-                raise InvalidRequestError("This model has no chat template; use /v1/completions.", param="messages")
-            text = self._chat_template.render(prompt.messages, template_kwargs=prompt.template_kwargs)
-            # The template writes the special tokens itself.
-            return _TokenizedPrompt(tuple(self._tokenizer.encode(text, add_special_tokens=False)), "")
-        if isinstance(prompt, TextPrompt):
-            token_ids = tuple(self._tokenizer.encode(prompt.text, add_special_tokens=True))
-            return _TokenizedPrompt(token_ids, prompt.text if echo else "")
-        return _TokenizedPrompt(prompt.token_ids, self._tokenizer.decode(prompt.token_ids) if echo else "")
+    def _reading(
+        self, request: GenerateRequest, prompt: Prompt, tokenized: TokenizedPrompt
+    ) -> tuple[AnswerParser, Tokenizer]:
+        """The parser of one answer, and the tokenizer whose special tokens it does not see."""
+        if self._support.format is None or not isinstance(prompt, ChatPrompt):
+            return PlainParser(), self._tokenizer
+        parser = self._support.format.parser(prompt.tools, request.tool_choice, tokenized.text)
+        return parser, self._support.format.shown(self._tokenizer)
 
     def _check_tokens(self, request: GenerateRequest) -> None:
         """Token ids that a client sends must be in the vocabulary."""
-        limit = self._tokenizer.vocab_size
         groups: list[tuple[str, Sequence[int]]] = [
             ("stop_token_ids", request.sampling.stop_token_ids),
             ("logit_bias", [token for token, _ in request.sampling.logit_bias]),
@@ -271,18 +319,24 @@ class GenerationService:
             if isinstance(prompt, TokenPrompt) and len(prompt.token_ids) < self._client.max_model_len:
                 groups.append((request.prompt_param, prompt.token_ids))
         for param, token_ids in groups:
-            for token in token_ids:
-                if not 0 <= token < limit:
-                    raise InvalidRequestError(
-                        f"{param}: token id {token} is not in the vocabulary (0 to {limit - 1})", param=param
-                    )
+            self._check_ids(param, token_ids)
+
+    def _check_ids(self, param: str, token_ids: Sequence[int]) -> None:
+        limit = self._tokenizer.vocab_size
+        for token in token_ids:
+            if not 0 <= token < limit:
+                raise InvalidRequestError(
+                    f"{param}: token id {token} is not in the vocabulary (0 to {limit - 1})", param=param
+                )
 
     def _sampling(self, request: GenerateRequest, num_prompt_tokens: int, seed: int) -> SamplingParams:
         wanted = request.sampling
         max_tokens = wanted.max_tokens
-        if max_tokens is None:
-            # A prompt that fills the window has no room at all; `EngineClient.check` says so.
-            room = max(1, self._client.max_model_len - num_prompt_tokens)
+        # A prompt that fills the window has no room at all; `EngineClient.check` says so.
+        room = max(1, self._client.max_model_len - num_prompt_tokens)
+        if max_tokens is not None and wanted.clamp_max_tokens:
+            max_tokens = min(room, max_tokens)
+        elif max_tokens is None:
             max_tokens = room if wanted.default_max_tokens is None else min(room, wanted.default_max_tokens)
         eos = () if wanted.ignore_eos else tuple(self._tokenizer.eos_token_ids)
         return SamplingParams(
@@ -300,6 +354,23 @@ class GenerationService:
             logprobs=wanted.logprobs,
             logit_bias=wanted.logit_bias,
         )
+
+
+def _in_words_of(request: GenerateRequest, error: InvalidGrammarError) -> InvalidGrammarError:
+    """The error with the field that the client has sent."""
+    param = request.format_param if error.param == "response_format" else error.param
+    return InvalidGrammarError(str(error).replace(error.param or "", param or "", 1), param=param)
+
+
+def _choice_options(request: GenerateRequest, sampling: SamplingParams) -> ChoiceOptions:
+    wanted = request.sampling
+    limit = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
+    return ChoiceOptions(
+        sampling=sampling,
+        stop=wanted.stop,
+        one_call=not request.tool_choice.parallel,
+        limit_is_window=limit is None or sampling.max_tokens < limit,
+    )
 
 
 def derive_seed(seed: int, index: int) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from agentserve import __version__
-from agentserve.server.state import STATE, ServerState
+from agentserve.server.state import CLAUDE_PREFIXES, STATE, ServerState
 
 
 async def root(request: web.Request) -> web.Response:
@@ -54,6 +55,9 @@ async def metrics(request: web.Request) -> web.Response:
 async def list_models(request: web.Request) -> web.Response:
     state = request.app[STATE]
     names = state.model_names
+    if "anthropic-version" in request.headers and state.options.claude_alias:
+        # A client of that dialect offers its user only models whose names start like this.
+        names = tuple(name if name.startswith(CLAUDE_PREFIXES) else f"claude-{name}" for name in names)
     return web.json_response(
         {
             "object": "list",
@@ -68,7 +72,7 @@ async def list_models(request: web.Request) -> web.Response:
                     "display_name": name,
                     "context_window": state.client.max_model_len,
                     "input_modalities": ["text"],
-                    "supports_parallel_tool_calls": False,
+                    "supports_parallel_tool_calls": True,
                 }
                 for name in names
             ],
@@ -91,7 +95,9 @@ def _describe(state: ServerState, name: str) -> dict[str, Any]:
         "object": "model",
         "type": "model",
         "created": options.created,
+        "created_at": datetime.datetime.fromtimestamp(options.created, datetime.UTC).isoformat(),
         "owned_by": "agentserve",
+        **({} if state.adapter_of(name) is None else {"parent": options.model_name}),
         "display_name": name,
         "max_model_len": window,
         "context_length": window,

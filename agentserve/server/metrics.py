@@ -12,6 +12,7 @@ from agentserve.core.batch import Lane
 from agentserve.core.controllers import Decision
 from agentserve.core.events import RequestStats
 from agentserve.core.stats import EngineStats
+from agentserve.server.token_history import TokenHistory
 
 PREFIX = "agentserve:"
 _TTFT_BUCKETS = (
@@ -61,6 +62,18 @@ class ServerMetrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that ended.")
         self._aborted = self._counter("num_aborted_requests", "Requests that were cancelled.")
         self._failed = self._counter("num_failed_requests", "Accepted requests that the engine could not finish.")
+        self._misses = Counter(
+            PREFIX + "prefix_miss",
+            "Prompts by the reason why not more of them was found in the prefix cache (none: all there could be was).",
+            ["model_name", "reason"],
+            registry=self._registry,
+        )
+        self._breakers = Counter(
+            PREFIX + "cache_breakers",
+            "Parts of system prompts and tools that change from request to request, by what they are.",
+            ["model_name", "kind"],
+            registry=self._registry,
+        )
         self._success = Counter(
             PREFIX + "request_success",
             "Requests that ended well.",
@@ -87,6 +100,18 @@ class ServerMetrics:
             if stats.last_token_ns is not None:
                 self._decode.observe((stats.last_token_ns - stats.first_token_ns) / 1e9)
 
+    def count_miss(self, reason: str) -> None:
+        """Counts a prompt; `reason` is a `MissReason`."""
+        self._misses.labels(self._model_name, reason).inc()
+
+    def count_breaker(self, kind: str) -> None:
+        """Counts a cache breaker when it is found."""
+        self._breakers.labels(self._model_name, kind).inc()
+
+    def watch_history(self, history: TokenHistory) -> None:
+        """Shows what is kept of answers."""
+        self._registry.register(_HistoryCollector(self._model_name, history))
+
     def render(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -97,6 +122,28 @@ class ServerMetrics:
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(PREFIX + name, text, ["model_name"], registry=self._registry).labels(self._model_name)
+
+
+class _HistoryCollector(Collector):
+    """Reads the counters of the token history when somebody scrapes."""
+
+    def __init__(self, model_name: str, history: TokenHistory) -> None:
+        self._model_name = model_name
+        self._history = history
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._history.stats()
+        values: tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, int], ...] = (
+            (GaugeMetricFamily, "bytes", "Bytes of answers kept as token ids.", stats.num_bytes),
+            (GaugeMetricFamily, "turns", "Answers kept as token ids.", stats.num_turns),
+            (CounterMetricFamily, "stored_turns", "Answers stored.", stats.num_stored_turns),
+            (CounterMetricFamily, "reused_turns", "Answers read again as they were written.", stats.num_reused_turns),
+            (CounterMetricFamily, "evicted_turns", "Answers forgotten to make room.", stats.num_evicted_turns),
+        )
+        for family, name, text, value in values:
+            metric = family(f"{PREFIX}token_history_{name}", text, labels=["model_name"])
+            metric.add_metric([self._model_name], value)
+            yield metric
 
 
 class _EngineCollector(Collector):

@@ -11,7 +11,7 @@ from aiohttp.typedefs import Handler
 
 from agentserve import __version__
 from agentserve.errors import AgentServeError, RequestTooLargeError
-from agentserve.server.errors import EndpointNotFoundError, MethodNotAllowedError, describe_error
+from agentserve.server.errors import EndpointNotFoundError, ErrorReply, MethodNotAllowedError, describe_error
 from agentserve.server.security import (
     ALLOWED_HEADERS,
     check_api_key,
@@ -24,7 +24,7 @@ from agentserve.server.state import REQUEST_ID, STATE
 
 logger = logging.getLogger("agentserve.request")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-_EXPOSED_HEADERS = "X-Request-Id, x-agentserve-executor, Retry-After, x-should-retry"
+_EXPOSED_HEADERS = "X-Request-Id, request-id, x-agentserve-executor, Retry-After, x-should-retry"
 
 
 @web.middleware
@@ -42,7 +42,7 @@ async def handle_errors(request: web.Request, handler: Handler) -> web.StreamRes
         return _reply(request, error, None)
     except Exception as error:
         logger.exception("id=%s %s %s failed", request[REQUEST_ID], request.method, _shown_path(request))
-        return describe_error(error).response()
+        return _respond(request, describe_error(error))
 
 
 @web.middleware
@@ -68,6 +68,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
     request_id = request.get(REQUEST_ID)
     if request_id is not None:  # None: refused for its `Expect` header before any middleware ran
         response.headers["X-Request-Id"] = request_id
+        response.headers["request-id"] = request_id  # where the Anthropic SDK looks for it
     origin = request.headers.get("Origin")
     if origin is None or not is_allowed_origin(origin, request.headers.get("Host")):
         return
@@ -100,10 +101,16 @@ def _reply(request: web.Request, error: Exception, http_error: web.HTTPException
         reply.status,
         reply.code,
     )
-    response = reply.response()
+    response = _respond(request, reply)
     if http_error is not None and "Allow" in http_error.headers:
         response.headers["Allow"] = http_error.headers["Allow"]
     return response
+
+
+def _respond(request: web.Request, reply: ErrorReply) -> web.Response:
+    """In the shape of the dialect that the client speaks."""
+    anthropic = "anthropic-version" in request.headers or "/messages" in request.path
+    return reply.response(anthropic=anthropic, request_id=request[REQUEST_ID])
 
 
 def _shown_path(request: web.Request) -> str:

@@ -38,7 +38,13 @@ class RequestObserver:
     num_prompt_tokens: int = 0
     first_token_ns: int | None = None
     worst_gap_ns: int = 0
+    miss_reason: str | None = None
+    """Why not more of the prompt was found in the cache, once that is known."""
     _choices: dict[int, _Choice] = field(default_factory=dict)
+
+    def elapsed_ns(self) -> int:
+        """Since the arrival of the HTTP request."""
+        return self.clock_ns() - self.arrival_ns
 
     def tokens(self, choice: int, times_ns: Sequence[int]) -> None:
         """New tokens of a choice; `times_ns` says when the engine had each of them."""
@@ -61,6 +67,11 @@ class RequestObserver:
         seen.stats = stats
         seen.outcome = reason.value
 
+    def stats_of(self, choice: int) -> RequestStats | None:
+        """Of a choice that was finished; None for one that was left, cancelled or failed."""
+        seen = self._choices.get(choice)
+        return seen.stats if seen is not None and seen.outcome in ("stop", "length") else None
+
     def close(self, num_choices: int) -> None:
         """Counts every choice and writes the line. Choices that were left early count as cancelled."""
         now_ns = self.clock_ns()
@@ -78,7 +89,7 @@ class RequestObserver:
         if first is not None and first.first_scheduled_ns is not None:
             queue_ns = first.first_scheduled_ns - first.arrival_ns
         logger.info(
-            "id=%s session=%s class=%s prompt=%d cached=%d new=%d "
+            "id=%s session=%s class=%s prompt=%d cached=%d new=%d hit=%s miss=%s "
             "queue_ms=%s ttft_ms=%s max_gap_ms=%s output=%d finish=%s",
             self.request_id,
             self.session_id or "-",
@@ -86,6 +97,8 @@ class RequestObserver:
             self.num_prompt_tokens,
             num_cached,
             self.num_prompt_tokens - num_cached,
+            f"{100 * num_cached / first.num_prompt_tokens:.0f}%" if first and first.num_prompt_tokens else "-",
+            self.miss_reason or "-",
             _ms(queue_ns),
             _ms(None if self.first_token_ns is None else self.first_token_ns - self.arrival_ns),
             _ms(self.worst_gap_ns),

@@ -7,40 +7,45 @@ from typing import Any
 
 from agentserve.errors import InvalidRequestError
 from agentserve.server.body import validate
+from agentserve.server.dialect import ChoiceResult, JsonObject, ReplyHeader
 from agentserve.server.openai_common import (
-    ChoiceResult,
-    JsonObject,
-    ParsedCall,
-    ReplyHeader,
+    OpenAICall,
+    OpenAIEncoder,
     StreamUsage,
+    encode_progress,
     encode_usage,
     parse_call_options,
     parse_sampling,
 )
 from agentserve.server.openai_schema import ChatBody, ChatMessage, refuse_unsupported
+from agentserve.server.tool_fields import parse_chat_tools, parse_constraints, parse_tool_choice
 from agentserve.server.types import (
     ChatPrompt,
     ChoiceFinished,
+    Delta,
     Finished,
     GenerateRequest,
     GenerationEvent,
     Identity,
-    TextDelta,
+    Progress,
     TokenLogprob,
     Usage,
 )
+from agentserve.text.tools.spec import Piece, ReasoningPiece, TextPiece, ToolArgumentsDelta, ToolCallStarted
 
 
-def parse_chat_request(body: JsonObject, identity: Identity) -> ParsedCall:
+def parse_chat_request(body: JsonObject, identity: Identity) -> OpenAICall:
     """Raises InvalidRequestError, or UnsupportedParameterError for what must not be ignored."""
     chat = validate(ChatBody, body)
     refuse_unsupported(chat)
     if chat.top_logprobs is not None and not chat.logprobs:
         raise InvalidRequestError("top_logprobs: only allowed when logprobs is true", param="top_logprobs")
+    response_format, format_param = parse_constraints(body)
     stream, include_usage, continuous_usage = parse_call_options(chat)
+    tools = parse_chat_tools(chat.tools)
     messages = tuple(_parse_message(message, index) for index, message in enumerate(chat.messages))
     generate = GenerateRequest(
-        prompts=(ChatPrompt(messages, chat.chat_template_kwargs or {}),),
+        prompts=(ChatPrompt(messages, _template_kwargs(chat), tools),),
         prompt_param="messages",
         sampling=parse_sampling(
             chat,
@@ -48,11 +53,21 @@ def parse_chat_request(body: JsonObject, identity: Identity) -> ParsedCall:
             logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
         ),
         num_choices=chat.n or 1,
+        tool_choice=parse_tool_choice(chat.tool_choice, tools, parallel=chat.parallel_tool_calls is not False),
+        response_format=response_format,
+        format_param=format_param,
+        with_progress=bool(chat.return_progress),
         identity=identity,
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt,
     )
-    return ParsedCall(generate, chat.model, stream, include_usage, continuous_usage)
+    return OpenAICall(generate, chat.model, stream, include_usage, continuous_usage)
+
+
+def _template_kwargs(chat: ChatBody) -> Mapping[str, Any]:
+    """Template variables; those that have a field of their own yield to `chat_template_kwargs`."""
+    own = {"enable_thinking": chat.enable_thinking, "reasoning_effort": chat.reasoning_effort}
+    return {name: value for name, value in own.items() if value is not None} | (chat.chat_template_kwargs or {})
 
 
 def _parse_message(message: ChatMessage, index: int) -> Mapping[str, Any]:
@@ -67,8 +82,9 @@ def _parse_message(message: ChatMessage, index: int) -> Mapping[str, Any]:
     if message.role == "assistant":
         if message.tool_calls:
             parsed["tool_calls"] = [_parse_tool_call(call, f"{param}.tool_calls") for call in message.tool_calls]
-        if message.reasoning_content:
-            parsed["reasoning_content"] = message.reasoning_content
+        reasoning = message.reasoning_content or message.reasoning
+        if isinstance(reasoning, str) and reasoning:
+            parsed["reasoning_content"] = reasoning
     return parsed
 
 
@@ -106,25 +122,36 @@ def _parse_tool_call(call: Mapping[str, Any], param: str) -> Mapping[str, Any]:
     }
 
 
-class ChatEncoder:
+class ChatEncoder(OpenAIEncoder):
     """Encodes one answer of `/v1/chat/completions`."""
 
-    def __init__(self, header: ReplyHeader, call: ParsedCall, num_prompt_tokens: int) -> None:
+    def __init__(self, header: ReplyHeader, call: OpenAICall) -> None:
         self._header = header
-        self._num_choices = len(call.generate.prompts) * call.generate.num_choices
+        self._num_choices = call.generate.num_choices
         self._with_logprobs = call.generate.sampling.logprobs is not None
-        self._usage = StreamUsage(num_prompt_tokens, call.include_usage, call.continuous_usage, {})
+        self._with_progress = call.generate.with_progress
+        self._usage = StreamUsage(header.num_prompt_tokens, call.include_usage, call.continuous_usage, {})
 
     def open(self) -> Iterable[JsonObject]:
         for choice in range(self._num_choices):
             yield self._chunk(choice, {"role": "assistant", "content": ""}, None) | self._usage.fields()
 
     def encode(self, event: GenerationEvent) -> Iterable[JsonObject]:
-        if isinstance(event, TextDelta):
-            chunk = self._chunk(event.choice, {"content": event.text}, None, event.logprobs)
-            yield chunk | self._usage.fields(event.choice, event.num_output_tokens)
+        if isinstance(event, Delta):
+            deltas = [delta for piece in event.pieces if (delta := _encode_piece(piece)) is not None]
+            if not deltas and not event.logprobs:
+                return
+            # Log-probabilities are those of tokens, markup included: they travel with the first delta.
+            logprobs = event.logprobs
+            for delta in deltas or [{"content": ""}]:
+                chunk = self._chunk(event.choice, delta, None, logprobs)
+                yield chunk | self._usage.fields(event.choice, event.num_output_tokens)
+                logprobs = ()
+        elif isinstance(event, Progress):
+            if self._with_progress:
+                yield self._chunk(event.choice, {}, None) | encode_progress(event)
         elif isinstance(event, ChoiceFinished):
-            chunk = self._chunk(event.choice, {}, event.reason.value)
+            chunk = self._chunk(event.choice, {}, _finish_reason(event))
             yield chunk | self._usage.fields(event.choice, event.num_output_tokens)
         elif isinstance(event, Finished) and self._usage.include:
             yield self._object("chat.completion.chunk", [], usage=encode_usage(event.usage))
@@ -133,9 +160,9 @@ class ChatEncoder:
         encoded = [
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": _encode_message(choice),
                 "logprobs": {"content": _encode_logprobs(choice.logprobs)} if self._with_logprobs else None,
-                "finish_reason": choice.reason.value,
+                "finish_reason": _finish_reason(choice.end),
             }
             for index, choice in enumerate(choices)
         ]
@@ -168,3 +195,35 @@ def _encode_logprobs(logprobs: Sequence[TokenLogprob]) -> list[JsonObject]:
 
 def _encode_logprob(entry: TokenLogprob) -> JsonObject:
     return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.data)}
+
+
+def _finish_reason(end: ChoiceFinished) -> str:
+    return "tool_calls" if end.calls_tools else end.reason.value
+
+
+def _encode_piece(piece: Piece) -> JsonObject | None:
+    if isinstance(piece, TextPiece):
+        return {"content": piece.text}
+    if isinstance(piece, ReasoningPiece):
+        # Clients read one name or the other.
+        return {"reasoning_content": piece.text, "reasoning": piece.text}
+    if isinstance(piece, ToolCallStarted):
+        function = {"name": piece.name, "arguments": ""}
+        return {"tool_calls": [{"index": piece.index, "id": piece.call_id, "type": "function", "function": function}]}
+    if isinstance(piece, ToolArgumentsDelta):
+        return {"tool_calls": [{"index": piece.index, "function": {"arguments": piece.text}}]}
+    return None
+
+
+def _encode_message(choice: ChoiceResult) -> JsonObject:
+    calls = [
+        {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in choice.tool_calls
+    ]
+    # Null beside calls, as clients expect it; but never both missing.
+    message: JsonObject = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = message["reasoning"] = choice.reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message

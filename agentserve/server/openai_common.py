@@ -1,62 +1,37 @@
-"""What the two OpenAI dialects share: a parsed call, the sampling fields, usage, the interface of an encoder."""
+"""What chat and completions share: a parsed call, the sampling fields, usage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from agentserve.core.request import FinishReason
 from agentserve.errors import InvalidRequestError
+from agentserve.server.dialect import JsonObject, ParsedCall
+from agentserve.server.errors import ErrorReply
 from agentserve.server.openai_schema import CommonBody
-from agentserve.server.types import GenerateRequest, GenerationEvent, SamplingRequest, TokenLogprob, Usage
-
-JsonObject = dict[str, Any]
+from agentserve.server.types import Progress, SamplingRequest, Usage
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedCall:
-    """A request and how its answer is to be sent."""
+class OpenAICall(ParsedCall):
+    """A call of chat or completions."""
 
-    generate: GenerateRequest
-    model: str | None
-    """As the client wrote it; None if it did not say."""
-    stream: bool
     include_usage: bool
     continuous_usage: bool
 
 
-@dataclass(frozen=True, slots=True)
-class ReplyHeader:
-    """What every object of one answer repeats."""
+class OpenAIEncoder:
+    """What the encoders of chat and completions share."""
 
-    id: str
-    model: str
-    created: int
-    """Unix time in seconds."""
+    names_events = False
+    sends_done = True
 
+    def keep_alive(self) -> JsonObject | None:
+        return None
 
-@dataclass(frozen=True, slots=True)
-class ChoiceResult:
-    """A whole choice, for answers that are not streamed."""
-
-    text: str
-    logprobs: tuple[TokenLogprob, ...]
-    reason: FinishReason
-
-
-class Encoder(Protocol):
-    """Turns the events of one generation into JSON objects of a dialect. Holds the state of one answer."""
-
-    def open(self) -> Iterable[JsonObject]:
-        """What is sent before the first event."""
-        ...
-
-    def encode(self, event: GenerationEvent) -> Iterable[JsonObject]: ...
-
-    def whole(self, choices: Sequence[ChoiceResult], usage: Usage) -> JsonObject:
-        """The answer when it is not streamed."""
-        ...
+    def fail(self, error: ErrorReply) -> Iterable[JsonObject]:
+        yield error.body()
 
 
 def parse_call_options(body: CommonBody) -> tuple[bool, bool, bool]:
@@ -98,7 +73,8 @@ def encode_usage(usage: Usage) -> JsonObject:
         "prompt_tokens": usage.num_prompt_tokens,
         "completion_tokens": usage.num_output_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens, "cache_write_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens},
         # Not part of the dialect; clients keep or ignore what they do not know.
         "agentserve": {
             "work_class": usage.work_class,
@@ -133,6 +109,17 @@ class StreamUsage:
                 "total_tokens": self.num_prompt_tokens + num_output,
             }
         }
+
+
+def encode_progress(progress: Progress) -> JsonObject:
+    """How much of the prompt has been read, in the form of llama.cpp's server."""
+    return {
+        "prompt_progress": {
+            "total": progress.num_prompt_tokens,
+            "processed": progress.num_computed_tokens,
+            "time_ms": round(progress.elapsed_ns / 1e6),
+        }
+    }
 
 
 def _or(value: Any, default: Any) -> Any:

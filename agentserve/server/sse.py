@@ -4,29 +4,66 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any
 
 from aiohttp import web
 
+logger = logging.getLogger(__name__)
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-_KEEP_ALIVE = b": keep-alive\n\n"
+_COMMENT = b": keep-alive\n\n"
+
+
+async def write_within(request: web.Request, timeout_s: float, writing: Awaitable[None]) -> None:
+    """Waits for `writing`, which waits while the client does not read.
+
+    After `timeout_s` the connection is cut: nothing else ever ends for a client that is there and does not read. Raises
+    ConnectionError when the client is gone, or cut off.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            await writing
+    except TimeoutError:
+        logger.info("a client has read nothing for %.0f s and is cut off", timeout_s)
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionResetError("the client does not read") from None
 
 
 class SseWriter:
     """Writes one event stream. Entering the context sends the headers, leaving it stops the keep-alive.
 
-    A comment is sent after each `ping_interval_s` of silence: clients and proxies give up on silent connections while
-    a long prompt is being read, and a comment is invisible to every SSE parser.
+    Something is sent after each `ping_interval_s` of silence: clients and proxies give up on silent connections while
+    a long prompt is being read. A comment is invisible to every SSE parser; clients that measure the time between
+    *events* need one.
     """
 
-    def __init__(self, request: web.Request, *, ping_interval_s: float) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        *,
+        ping_interval_s: float,
+        write_timeout_s: float,
+        names_events: bool = False,
+        keep_alive: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    ) -> None:
+        """Args:
+        request: to be answered.
+        ping_interval_s: silence before something is sent.
+        write_timeout_s: how long the client may leave everything unread.
+        names_events: each event has the name in its `type`.
+        keep_alive: the event to send after a silence, None: a comment.
+        """
+        self._write_timeout_s = write_timeout_s
         self._request = request
+        self._names_events = names_events
+        self._keep_alive = keep_alive
         self._response = web.StreamResponse(headers=_HEADERS)
         self._ping_interval_s = ping_interval_s
         self._last_write_s = 0.0
@@ -53,19 +90,26 @@ class SseWriter:
         self._pinger.cancel()
         await asyncio.gather(self._pinger, return_exceptions=True)
 
-    async def send(self, data: Mapping[str, Any], *, event: str | None = None) -> None:
-        """Sends one event. Waits while the client does not read. Raises ConnectionError when it is gone."""
-        name = "" if event is None else f"event: {event}\n"
-        await self._write(f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode())
+    async def send(self, data: Mapping[str, Any]) -> None:
+        """Sends one event. Waits while the client does not read. Raises ConnectionError when it is gone, or cut off."""
+        await self._write(self._frame(data))
 
     async def send_done(self) -> None:
         """Sends the end mark of the OpenAI dialects."""
         await self._write(b"data: [DONE]\n\n")
 
+    async def end(self) -> None:
+        """Ends the answer, once the client has read nearly all of it. Raises ConnectionError when it is gone."""
+        await write_within(self._request, self._write_timeout_s, self._response.write_eof())
+
+    def _frame(self, data: Mapping[str, Any]) -> bytes:
+        name = f"event: {data['type']}\n" if self._names_events else ""
+        return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+
     async def _write(self, data: bytes) -> None:
         self._is_writing = True
         try:
-            await self._response.write(data)
+            await write_within(self._request, self._write_timeout_s, self._response.write(data))
         finally:
             self._is_writing = False
             self._last_write_s = asyncio.get_running_loop().time()
@@ -80,7 +124,8 @@ class SseWriter:
                 # The client has bytes left to read, so the connection is not silent to it.
                 await asyncio.sleep(self._ping_interval_s)
             else:
+                data = self._keep_alive()
                 try:
-                    await self._write(_KEEP_ALIVE)
+                    await self._write(_COMMENT if data is None else self._frame(data))
                 except ConnectionError:
                     return  # the handler is being cancelled

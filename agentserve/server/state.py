@@ -12,11 +12,16 @@ from aiohttp import web
 
 from agentserve.errors import ConfigError, EngineError, ModelNotFoundError
 from agentserve.runtime.client import EngineClient
+from agentserve.server.answer_format import AnswerSupport
+from agentserve.server.caching import CacheOptions
 from agentserve.server.errors import ShuttingDownError
-from agentserve.server.generation import ChatRenderer, GenerationService
+from agentserve.server.generation import GenerationService
 from agentserve.server.metrics import ServerMetrics
+from agentserve.server.prompt import ChatRenderer
 from agentserve.server.security import is_loopback
 from agentserve.text.tokenizer import Tokenizer
+
+CLAUDE_PREFIXES = ("claude", "anthropic")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +46,17 @@ class ServerOptions:
     insecure: bool = False
     """Allows an address beyond loopback without a key."""
     aliases: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters: model names of their own."""
     accept_any_model: bool = False
+    claude_alias: bool = True
+    """Whether every name that starts with `claude` means the served model."""
+    max_num_seqs: int = 1
+    """Requests that run at once."""
     max_body_bytes: int = 32 << 20
     sse_ping_interval_s: float = 5.0
+    write_timeout_s: float = 300.0
+    """How long a client may read nothing of its answer before it is cut off."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after the first signal."""
     train_context: int | None = None
@@ -54,8 +67,13 @@ class ServerOptions:
     """When the model was loaded, Unix time in seconds."""
 
     def __post_init__(self) -> None:
-        if self.max_body_bytes < 1 or not self.sse_ping_interval_s > 0 or not self.drain_timeout_s >= 0:
-            raise ConfigError("the body limit and the ping interval must be positive, the drain timeout not negative")
+        if self.max_body_bytes < 1 or not min(self.sse_ping_interval_s, self.write_timeout_s) > 0:
+            raise ConfigError("the body limit, the ping interval and the write timeout must be positive")
+        if not self.drain_timeout_s >= 0:
+            raise ConfigError("the drain timeout must not be negative")
+        taken = {self.model_name, *self.aliases} & set(self.adapters)
+        if taken:
+            raise ConfigError(f"{', '.join(sorted(taken))} names both an adapter and the model itself")
         if self.api_key is not None and not (self.api_key and self.api_key.isascii()):
             raise ConfigError("the API key must be ASCII and not empty")
         if self.api_key is None and not self.insecure and not is_loopback(self.host):
@@ -86,24 +104,40 @@ class ServerState:
         tokenizer: Tokenizer,
         chat_template: ChatRenderer | None,
         *,
+        support: AnswerSupport | None = None,
+        cache: CacheOptions | None = None,
         engine_failure: Callable[[], str | None] = lambda: None,
     ) -> ServerState:
-        """`chat_template` is None for a model without one; `engine_failure` says why the engine died, if it did."""
+        """`chat_template` is None for a model without one; `support` says what is known of the form of its answers;
+        `engine_failure` says why the engine died, if it did."""
         metrics = ServerMetrics(options.model_name, client.stats)
-        generation = GenerationService(client, tokenizer, chat_template, metrics)
+        generation = GenerationService(
+            client, tokenizer, chat_template, metrics, support=support, options=cache or CacheOptions()
+        )
         state = cls(options, client, metrics, generation, engine_failure)
         state.idle.set()
         return state
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.options.model_name, *self.options.aliases)))
+        return tuple(dict.fromkeys((self.options.model_name, *self.options.aliases, *self.options.adapters)))
+
+    def adapter_of(self, name: str) -> str | None:
+        """The LoRA adapter that a model name means, None for the model itself.
+
+        A client that lists only names that start with `claude` sends them back like this.
+        """
+        plain = name.removeprefix("claude-") if self.options.claude_alias else name
+        return next((adapter for adapter in (name, plain) if adapter in self.options.adapters), None)
 
     def resolve_model(self, name: str | None) -> str:
         """The name to answer with. Raises ModelNotFoundError that lists the known ones."""
         if name is None:
             return self.options.model_name
         if name in self.model_names or self.options.accept_any_model:
+            return name
+        # One widely used agent asks for models of its maker in the background, whatever it was told to use.
+        if self.options.claude_alias and name.startswith(CLAUDE_PREFIXES):
             return name
         known = ", ".join(self.model_names)
         raise ModelNotFoundError(f"The model {name[:200]!r} does not exist here; known: {known}.", param="model")

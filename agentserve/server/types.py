@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from agentserve.core.request import FinishReason
+from agentserve.text.tools.spec import Piece, ResponseFormat, TextFormat, ToolChoice, ToolSpec
 
 # ---- what comes in ----
 
@@ -27,8 +28,14 @@ class ChatPrompt:
     """A conversation, to be rendered by the model's chat template."""
 
     messages: tuple[Mapping[str, Any], ...]
+    """In OpenAI's form, with one string as the content of each."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
+    tools: tuple[ToolSpec, ...] = ()
+    """What the model is told that it may call, even if `GenerateRequest.tool_choice` forbids it this time: the prompt
+    stays an extension of the one before."""
+    prefill: str = ""
+    """How the assistant's answer starts; it is not repeated in the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +63,9 @@ class SamplingRequest:
     """None: `default_max_tokens`, but no more than what is left of the window."""
     default_max_tokens: int | None = None
     """None: what is left of the window."""
+    clamp_max_tokens: bool = False
+    """Whether `max_tokens` may be more than what is left of the window, which then is the limit. For dialects whose
+    clients always send the most that the model they know could write."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -85,10 +95,19 @@ class GenerateRequest:
     num_choices: int = 1
     echo: bool = False
     """Whether each choice's text starts with its prompt."""
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    """Only for prompts with tools."""
+    response_format: ResponseFormat = field(default_factory=TextFormat)
+    format_param: str = "response_format"
+    """The field of the body to blame for a form that cannot be enforced."""
+    with_progress: bool = False
+    """Whether the client wants to see `Progress`."""
     identity: Identity = Identity()
     priority: int = 0
     """Lower goes first."""
     cache_salt: str | None = None
+    adapter: str | None = None
+    """The LoRA adapter that the client's model name means."""
 
 
 # ---- what goes out ----
@@ -106,11 +125,11 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class TextDelta:
-    """New text of one choice. May be empty when only log-probabilities are new."""
+class Delta:
+    """What is new of one choice. Without pieces when only log-probabilities are new."""
 
     choice: int
-    text: str
+    pieces: tuple[Piece, ...]
     logprobs: tuple[TokenLogprob, ...]
     num_output_tokens: int
     """Of this choice, so far."""
@@ -123,6 +142,8 @@ class Progress:
     choice: int
     num_computed_tokens: int
     num_prompt_tokens: int
+    elapsed_ns: int
+    """Since the request arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +153,17 @@ class ChoiceFinished:
     choice: int
     reason: FinishReason
     num_output_tokens: int
+    num_tool_calls: int = 0
+    """Complete ones."""
+    stop_string: str | None = None
+    """The one of the request's stop strings that ended the text."""
+    at_window: bool = False
+    """Whether it was the end of the window that ended the text, not the client's own limit."""
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the client is to run tools now. Not if the answer was cut off: the last call may be missing."""
+        return self.num_tool_calls > 0 and self.reason is FinishReason.STOP
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +173,8 @@ class Usage:
     num_prompt_tokens: int
     num_output_tokens: int
     num_cached_tokens: int
+    num_reasoning_tokens: int
+    """Those of `num_output_tokens` that were spent on thinking."""
     work_class: str
     """How the first choice started: `cold_prefill` or `resume_prefill`."""
     queue_ns: int
@@ -156,4 +190,4 @@ class Finished:
     usage: Usage
 
 
-GenerationEvent: TypeAlias = TextDelta | Progress | ChoiceFinished | Finished
+GenerationEvent: TypeAlias = Delta | Progress | ChoiceFinished | Finished

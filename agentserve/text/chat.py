@@ -14,6 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from agentserve.errors import InvalidRequestError, ModelFormatError
+from agentserve.text.call_ids import demands_short_ids, with_short_ids
 from agentserve.text.hf_tokenizer import read_tokenizer_config
 from agentserve.text.source import TextSource
 from agentserve.text.tokenizer import Tokenizer
@@ -43,6 +44,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         self.supports_tools = _TOOL_USE in templates or "tools" in templates[_DEFAULT]
         """Whether the template shows the model what tools there are."""
+        self.text = "\n".join(templates[name] for name in (_DEFAULT, _TOOL_USE) if name in templates)
+        """The template itself, with that for tools: it tells how the model writes its answers."""
+        self._demands_short_ids = demands_short_ids(self.text)
         self._names_developer = any("developer" in text for text in templates.values())
 
     def render(
@@ -65,10 +69,11 @@ class ChatTemplate:
         """
         if not messages:
             _refuse("messages is empty")
+        normalized = [self._normalize(message, index) for index, message in enumerate(messages)]
         variables = {
             **self._special_tokens,
             **(template_kwargs or {}),
-            "messages": [self._normalize(message, index) for index, message in enumerate(messages)],
+            "messages": with_short_ids(normalized) if self._demands_short_ids else normalized,
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any
 
+from anthropic import AsyncAnthropic
 from openai import AsyncOpenAI
 
 from agentserve.server.app import ServerState, run_server
@@ -38,7 +39,12 @@ class ByteTokenizer:
 
 
 class PlainTemplate:
-    """`<role>content` for each message, `<assistant>`, and a variable named `tail`."""
+    """`<tools>` if there are any, `<role>content` for each message, `<assistant>`, and a variable named `tail`.
+
+    Reasoning stands in `(...)` before the content, calls as `[name arguments]` behind it.
+    """
+
+    supports_tools = True
 
     def render(
         self,
@@ -48,8 +54,18 @@ class PlainTemplate:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        text = "".join(f"<{message['role']}>{message['content']}" for message in messages)
+        text = f"<tools>{','.join(tool['function']['name'] for tool in tools)}" if tools else ""
+        text += "".join(self._show(message) for message in messages)
         return text + "<assistant>" * add_generation_prompt + str((template_kwargs or {}).get("tail", ""))
+
+    def _show(self, message: Mapping[str, Any]) -> str:
+        text = f"<{message['role']}>"
+        if message.get("reasoning_content"):
+            text += f"({message['reasoning_content']})"
+        text += str(message["content"])
+        for call in message.get("tool_calls", ()):
+            text += f"[{call['function']['name']} {call['function']['arguments']}]"
+        return text
 
 
 class Daemon:
@@ -61,7 +77,7 @@ class Daemon:
         self.port = 0
         self.stop = asyncio.Event()
         self.abort = asyncio.Event()
-        self._openai: list[AsyncOpenAI] = []
+        self._clients: list[AsyncOpenAI | AsyncAnthropic] = []
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -72,7 +88,14 @@ class Daemon:
         """The official SDK, without retries so that each error is seen."""
         merged: dict[str, Any] = {"api_key": "none", "max_retries": 0, "base_url": f"{self.url}/v1"} | options
         client = AsyncOpenAI(**merged)
-        self._openai.append(client)
+        self._clients.append(client)
+        return client
+
+    def anthropic(self, **options: Any) -> AsyncAnthropic:
+        """The same of the other dialect; its base URL has no `/v1`."""
+        merged: dict[str, Any] = {"api_key": "none", "max_retries": 0, "base_url": self.url} | options
+        client = AsyncAnthropic(**merged)
+        self._clients.append(client)
         return client
 
     async def start(self) -> None:
@@ -87,7 +110,7 @@ class Daemon:
             await self._task
 
     async def close(self) -> None:
-        for client in self._openai:
+        for client in self._clients:
             await client.close()
         self.stop.set()
         self.abort.set()

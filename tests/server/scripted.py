@@ -24,7 +24,13 @@ from agentserve.core.request import FinishReason
 from agentserve.core.stats import EngineStats
 from agentserve.errors import EngineError
 from agentserve.runtime.client import EngineClient
+from agentserve.server.answer_format import AnswerSupport
 from agentserve.server.app import ServerOptions, ServerState
+from agentserve.text.grammar.compiler import GrammarCompiler
+from agentserve.text.grammar.masks import GrammarMasks
+from agentserve.text.output import OutputFormat
+from agentserve.text.reasoning import THINK
+from agentserve.text.tools.formats import TOOL_FORMATS
 from tests.server.daemon import EOS, ByteTokenizer, Daemon, PlainTemplate, running
 
 MAX_MODEL_LEN = 200
@@ -171,15 +177,28 @@ class ScriptedDaemon(Daemon):
 
 @asynccontextmanager
 async def serve(
-    script: Script | None = None, *, max_queued_requests: int = 64, **options: Any
+    script: Script | None = None,
+    *,
+    max_queued_requests: int = 64,
+    max_model_len: int = MAX_MODEL_LEN,
+    **options: Any,
 ) -> AsyncIterator[ScriptedDaemon]:
     """Starts a server on a free port whose engine plays `script` for each request."""
     driver = ScriptedDriver(script or replying("Hello"))
-    client = EngineClient(driver, max_model_len=MAX_MODEL_LEN, max_queued_requests=max_queued_requests)
+    masks = GrammarMasks()
+    client = EngineClient(driver, max_model_len=max_model_len, max_queued_requests=max_queued_requests, masks=masks)
     driver.client = client
     merged: dict[str, Any] = {"model_name": "test-model", "executor": "scripted", "port": 0} | options
+    tokenizer = ByteTokenizer()
+    output = OutputFormat(TOOL_FORMATS["hermes"], THINK, tokenizer)
+    grammars = GrammarCompiler(tokenizer, output)
     state = ServerState.create(
-        ServerOptions(**merged), client, ByteTokenizer(), PlainTemplate(), engine_failure=lambda: driver.failure
+        ServerOptions(**merged),
+        client,
+        tokenizer,
+        PlainTemplate(),
+        support=AnswerSupport(output, grammars),
+        engine_failure=lambda: driver.failure,
     )
     daemon = ScriptedDaemon(state, driver)
     try:
@@ -187,3 +206,5 @@ async def serve(
             yield daemon
     finally:
         await driver.close()
+        masks.shutdown()
+        grammars.close()

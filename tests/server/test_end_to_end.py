@@ -4,53 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import openai
 
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from agentserve.runtime.client import EngineClient, EventBridge
-from agentserve.runtime.live import LiveDriver, MonotonicClock
-from agentserve.server.app import ServerOptions, ServerState
-from tests.core import builders
-from tests.server.daemon import ByteTokenizer, Daemon, PlainTemplate, running
+from tests.server.simulated import BLOCK_SIZE, TEXT, serve
 
-BLOCK_SIZE = 4
-TEXT = b"the quick brown fox jumps over the lazy dog "
 SYSTEM = "You are an agent with many tools. " * 4
-
-
-@asynccontextmanager
-async def serve(max_queued_requests: int = 64, **config: Any) -> AsyncIterator[Daemon]:
-    """A daemon on a device that is a thousand times as fast as the one of the builders."""
-    core = builders.core(block_size=BLOCK_SIZE, **({"max_model_len": 512, "num_blocks": 256} | config))
-    cost_model = builders.cost_model(bandwidth_bytes_per_s=1e12, flops_per_s=2e12)
-    executor = SimulatedExecutor(
-        cost_model, num_blocks=core.config.num_blocks, block_size=BLOCK_SIZE, vocabulary=list(TEXT)
-    )
-    bridge = EventBridge()
-    driver = LiveDriver(core, executor, MonotonicClock(), on_events=bridge.on_events, on_failure=bridge.on_failure)
-    client = EngineClient(driver, max_model_len=core.config.max_model_len, max_queued_requests=max_queued_requests)
-    bridge.bind(client, asyncio.get_running_loop())
-    driver.start()
-    try:
-        options = ServerOptions(model_name="m", executor="simulated", simulated=True, port=0)
-        daemon = Daemon(
-            ServerState.create(options, client, ByteTokenizer(), PlainTemplate(), engine_failure=lambda: driver.failure)
-        )
-        async with running(daemon):
-            yield daemon
-            # Cancels travel to the engine thread; when it has seen them, every block is free or holds a prefix.
-            while (stats := client.stats()).num_running or stats.num_waiting:
-                assert driver.failure is None, driver.failure
-                await asyncio.sleep(0.001)
-            assert stats.num_free_blocks + stats.num_cached_blocks == stats.num_blocks
-    finally:
-        driver.stop()
-    core.check_invariants()
 
 
 async def test_the_second_turn_of_a_session_finds_the_first_one_in_the_cache() -> None:

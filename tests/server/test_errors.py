@@ -45,6 +45,7 @@ async def post(
         (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"messages": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
     ],
 )
 async def test_bodies_that_are_no_json_object(data: bytes, part: str) -> None:
@@ -57,8 +58,9 @@ async def test_bodies_that_are_no_json_object(data: bytes, part: str) -> None:
         assert not daemon.driver.submitted
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
 _NESTED: Any = []
-for _ in range(500):
+for _ in range(90):
     _NESTED = [_NESTED]
 
 
@@ -112,6 +114,22 @@ for _ in range(500):
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"priority": 2**40}, "priority"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": "f"}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 1}}]}, "tools[0].function.parameters"),
+        ({"tools": [TOOL, TOOL]}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.schema"),
+        ({"guided_regex": 5}, "guided_regex"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice"),
     ],
 )
 async def test_wrong_chat_fields_are_named(fields: dict[str, Any], param: str) -> None:
@@ -124,11 +142,8 @@ async def test_wrong_chat_fields_are_named(fields: dict[str, Any], param: str) -
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"functions": [{"name": "f"}]}, "functions"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
-        ({"guided_json": {}}, "guided_json"),
+        ({"grammar": "root ::= x"}, "grammar"),
         ({"best_of": 2}, "best_of"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
@@ -188,11 +203,12 @@ async def test_harmless_and_unknown_fields_are_accepted(caplog: pytest.LogCaptur
     assert sum("a_new_field" in record.getMessage() for record in caplog.records) == 1
 
 
-async def test_tools_that_must_not_be_called_are_left_out() -> None:
+async def test_tools_that_run_elsewhere_are_left_out() -> None:
     async with serve() as daemon, aiohttp.ClientSession() as session:
-        body = {"messages": HELLO, "tools": [{"type": "function"}], "tool_choice": "none"}
+        body = {"messages": HELLO, "tools": [{"type": "web_search"}, TOOL]}
         async with session.post(f"{daemon.url}/v1/chat/completions", json=body) as response:
             assert response.status == 200
+        assert bytes(daemon.driver.submitted[0].prompt_token_ids).startswith(b"<tools>f<user>")
 
 
 async def test_lone_surrogates_become_replacement_characters() -> None:
@@ -258,8 +274,8 @@ async def test_queue_limit_in_the_middle_of_n_choices_gives_all_back() -> None:
 
 async def test_any_model_name_if_asked_for() -> None:
     async with serve(accept_any_model=True) as daemon:
-        answer = await daemon.openai().chat.completions.create(model="claude-x", messages=HELLO)
-        assert answer.model == "claude-x"
+        answer = await daemon.openai().chat.completions.create(model="gpt-x", messages=HELLO)
+        assert answer.model == "gpt-x"
 
 
 async def test_engine_failures() -> None:
@@ -349,7 +365,7 @@ async def test_our_own_bugs_are_logged_but_not_shown(
         def explode(*args: object) -> None:
             raise ValueError("secret detail")
 
-        monkeypatch.setattr(daemon.state.generation, "_tokenize", explode)
+        monkeypatch.setattr(daemon.state.generation, "tokenize", explode)
         status, error = await post(daemon, {"messages": HELLO})
         assert (status, error["code"]) == (500, "internal_error")
         assert "secret" not in error["message"]

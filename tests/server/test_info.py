@@ -78,6 +78,7 @@ async def test_models_list_serves_all_dialects() -> None:
                 "object": "model",
                 "type": "model",
                 "created": 5,
+                "created_at": "1970-01-01T00:00:05+00:00",
                 "owned_by": "agentserve",
                 "display_name": "test-model",
                 "max_model_len": MAX_MODEL_LEN,
@@ -239,7 +240,9 @@ async def test_log_line_holds_numbers_and_no_prompt(caplog: pytest.LogCaptureFix
         await daemon.state.idle.wait()
     (line,) = [record.getMessage() for record in caplog.records if record.name == "agentserve.request"]
     # "<user>secret<assistant>" has 23 tokens
-    assert line.startswith("id=abc session=s1 class=cold_prefill prompt=23 cached=3 new=20 queue_ms=1.0 ttft_ms=")
+    assert line.startswith(
+        "id=abc session=s1 class=cold_prefill prompt=23 cached=3 new=20 hit=13% miss=new_session queue_ms=1.0 ttft_ms="
+    )
     assert line.endswith("output=6 finish=stop")
     assert "secret" not in line
 

@@ -309,7 +309,7 @@ async def test_messages_of_all_roles_are_rendered() -> None:
             model="test-model", messages=messages, extra_body={"chat_template_kwargs": {"tail": "<think>"}}
         )
         prompt = bytes(daemon.driver.submitted[0].prompt_token_ids).decode()
-        assert prompt == "<system>S<developer>D\nd<user>U<assistant><tool>T<assistant><think>"
+        assert prompt == '<system>S\n\nD\nd<user>U<assistant>[f {"x": "cut]<tool>T<assistant><think>'
 
 
 async def test_session_is_read_from_headers() -> None:

@@ -1,0 +1,1 @@
+"""Grammars: which tokens a request may produce."""

@@ -1,0 +1,1 @@
+"""How often constrained answers are valid."""
