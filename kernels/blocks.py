@@ -1,4 +1,8 @@
-"""Whole blocks between the pool and contiguous staging memory, for moves between tiers."""
+"""Whole blocks between the pool and contiguous staging memory, for moves between tiers.
+
+The seam is `pages` of the executor's `PagedPool`, one piece of memory a block, and memory of `Device.host_empty`, which
+kernels of a GPU reach. One launch moves any number of scattered blocks where copies would be one for each.
+"""
 
 from __future__ import annotations
 

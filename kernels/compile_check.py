@@ -1,6 +1,6 @@
 """Compiles the kernels ahead of time for GPUs that need not be there, and reports what they take.
 
-    python -m agentserve_kernels.compile_check [--arch 90] [--model qwen2.5-7b] [--kernel prefill] [--json FILE]
+    python -m agentserve_kernels.compile_check [--arch 90] [--model qwen2.5-7b] [--kernel prefill] [--dtype float16]
 
 The launchers themselves run, on tensors without data, and say what they would launch: so what is compiled here is what
 runs there, tile sizes included. The exit code is 1 if something does not compile or does not fit.
@@ -50,10 +50,17 @@ class Shape:
 
 SHAPES = (
     Shape("qwen2.5-7b", 28, 4, 128, 3584, 18944, 28, 152064),
+    Shape("qwen2.5-3b", 16, 2, 128, 2048, 11008, 36, 151936),
     Shape("smollm2-135m", 9, 3, 64, 576, 1536, 30, 49152),
     Shape("llama-3-8b", 32, 8, 128, 4096, 14336, 32, 128256),
+    Shape("qwen3-0.6b", 16, 8, 128, 1024, 3072, 28, 151936, has_head_norm=True),
+    Shape("qwen3-1.7b", 16, 8, 128, 2048, 6144, 28, 151936, has_head_norm=True),
+    Shape("qwen3-4b", 32, 8, 128, 2560, 9728, 36, 151936, has_head_norm=True),
     Shape("qwen3-8b", 32, 8, 128, 4096, 12288, 36, 151936, has_head_norm=True),
+    Shape("qwen3-14b", 40, 8, 128, 5120, 17408, 40, 151936, has_head_norm=True),
+    Shape("qwen3-32b", 64, 8, 128, 5120, 25600, 64, 151936, has_head_norm=True),
 )
+"""Every model that has a name; what several have in common is compiled once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +271,8 @@ def _others(shape: Shape, dtype: torch.dtype) -> None:
         positions=int64, q_weight=weight, k_weight=weight, eps=1e-6,
     )  # fmt: skip
     hidden = _empty(8, shape.hidden_size, dtype=dtype)
-    elementwise.add_rms_norm(hidden, hidden, _empty(shape.hidden_size, dtype=dtype), 1e-6)
+    norm = _empty(shape.hidden_size, dtype=dtype)
+    elementwise.add_rms_norm(hidden, hidden, norm, 1e-6)
     gate_up = _empty(8, 2 * shape.intermediate_size, dtype=dtype)
     elementwise.silu_mul(gate_up, gate_up[:, : shape.intermediate_size])
     pool = _empty(64, shape.num_layers, 2, shape.num_kv_heads, 16, shape.head_dim, dtype=dtype)
@@ -278,6 +286,14 @@ def _others(shape: Shape, dtype: torch.dtype) -> None:
     )  # fmt: skip
 
 
+def _plain(shape: Shape, dtype: torch.dtype) -> None:
+    """The other forms of kernels that have two: a norm without an addition, blocks on their way back."""
+    hidden = _empty(8, shape.hidden_size, dtype=dtype)
+    elementwise.rms_norm(hidden, _empty(shape.hidden_size, dtype=dtype), 1e-6, hidden)
+    pool = _empty(64, shape.num_layers, 2, shape.num_kv_heads, 16, shape.head_dim, dtype=dtype)
+    blocks.scatter_blocks(pool[:8], _empty(8, dtype=torch.int32), pool, num_units=4)
+
+
 _VARIANTS: dict[str, Callable[[Shape, torch.dtype], None]] = {
     "long": _prefill(4096, 1, splits=False),
     "resume": _prefill(16, 1, splits=True),
@@ -285,6 +301,7 @@ _VARIANTS: dict[str, Callable[[Shape, torch.dtype], None]] = {
     "split": _decode(8, 1024),
     "whole": _decode(256, 64),
     "": _others,
+    "plain": _plain,
 }
 
 
@@ -294,6 +311,7 @@ def main() -> int:
     parser.add_argument(
         "--arch", type=int, action="append", choices=ARCHITECTURES, help="may be repeated; default: all"
     )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--model", action="append", choices=names, help="may be repeated; default: all")
     parser.add_argument("--kernel", default="", help="only those whose name contains this")
@@ -305,7 +323,9 @@ def main() -> int:
         f"{'arch':>4} {'model':<14} {'kernel':<24} {'warps':>5} {'stages':>6} {'regs':>5} {'spill':>6} {'shared':>7}"
     )
     print(header)  # noqa: T201
-    for report in check(options.arch or ARCHITECTURES, shapes, kernels=options.kernel):
+    for report in check(
+        options.arch or ARCHITECTURES, shapes, kernels=options.kernel, dtype=getattr(torch, options.dtype)
+    ):
         reports.append(report)
         name = f"{report.kernel} {report.variant}"
         note = "" if report.fits else f"  DOES NOT FIT: limit {report.shared_limit_bytes}"

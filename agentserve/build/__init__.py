@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentserve.build.control import calibrated, control_config, device_sheet
-from agentserve.build.parts import Parts, build_parts, model_shape, window
+from agentserve.build.parts import Parts, build_parts, model_shape, tiering_of, window
 from agentserve.config import ControlConfig, EngineConfig, ServeConfig
 from agentserve.core.costmodel import DeviceProfile, ModelShape
-from agentserve.core.executor import Capabilities, Executor
+from agentserve.core.executor import Capabilities, Executor, require_tiers
 from agentserve.models.config import ModelConfig
 from agentserve.runtime.calibration_grid import Limits
 from agentserve.runtime.client import EngineClient, EventBridge
 from agentserve.runtime.live import LiveDriver, MonotonicClock
 from agentserve.runtime.recording import Header, Recorder
 from agentserve.runtime.replay import build_core
+from agentserve.runtime.script import ScriptDriver
 from agentserve.text.chat import ChatTemplate
+from agentserve.text.grammar.compiler import GrammarCompiler
+from agentserve.text.output import OutputFormat
 from agentserve.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Measurable", "build_engine", "build_executor", "model_shape"]
@@ -42,8 +45,20 @@ class Engine:
     bridge: EventBridge
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    output_format: OutputFormat
+    grammars: GrammarCompiler
     notes: tuple[str, ...]
     """What the user must know: why timing is simulated, which tokenizer stands in, and the like."""
+    close_text: Callable[[], None]
+    """Ends the threads of the text side, which the executor uses."""
+
+    def stop(self) -> None:
+        """Stops the driver, closes the executor and ends every thread of the engine.
+
+        Requests that still run are abandoned: end them first.
+        """
+        self.driver.stop()
+        self.close_text()
 
 
 def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
@@ -60,7 +75,7 @@ def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
     try:
         return _assemble(config, control, name, parts, report)
     except BaseException:
-        parts.executor.close()
+        parts.close()
         raise
 
 
@@ -80,13 +95,19 @@ def _assemble(
         max_num_batched_tokens=config.max_num_batched_tokens,
         scheduler=config.scheduler,
         prefill_order=config.prefill_order,
+        policy=config.policy,
+        order=config.order,
+        protect_anchors=config.protect_anchors,
         aging_tokens_per_s=config.aging_tokens_per_s,
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
         enable_prefix_caching=config.prefix_caching,
         decode_lookahead=min(2, capabilities.lookahead),
         control=control,
+        lora=parts.lora,
+        tiering=tiering_of(config, parts.profile, parts.model_shape)[0],
     )
+    require_tiers(capabilities, engine_config.tiering)
     header = Header(
         config=engine_config,
         compute_units=capabilities.compute_units,
@@ -109,7 +130,10 @@ def _assemble(
         recorder=Recorder(Path(config.record), header) if config.record else None,
     )
     client = EngineClient(
-        driver, max_model_len=engine_config.max_model_len, max_queued_requests=config.max_num_queued_reqs
+        driver if parts.script is None else ScriptDriver(driver, parts.script),
+        max_model_len=engine_config.max_model_len,
+        max_queued_requests=config.max_num_queued_reqs,
+        masks=parts.text.masks,
     )
     return Engine(
         model_name=config.served_model_name or name,
@@ -122,7 +146,10 @@ def _assemble(
         bridge=bridge,
         tokenizer=parts.text.tokenizer,
         chat_template=parts.text.chat_template,
+        output_format=parts.text.output,
+        grammars=parts.text.grammars,
         notes=(*parts.notes, *parts.text.notes),
+        close_text=parts.text.close,
     )
 
 
@@ -150,7 +177,8 @@ def build_executor(config: ServeConfig, report: Callable[[str], None]) -> Measur
         capabilities = parts.executor.capabilities()
         limits = Limits.of(capabilities, window(config, parts.model_config, capabilities), config.max_num_seqs)
     except BaseException:
-        parts.executor.close()
+        parts.close()
         raise
+    parts.text.close()
     sheet = parts.profile or parts.sheet or device_sheet(capabilities)
     return Measurable(parts.executor, limits, name, parts.model_shape, parts.dtype, sheet, parts.notes)

@@ -6,13 +6,14 @@ Imports torch, so it is imported only where there is one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from agentserve.config import ServeConfig
 from agentserve.core.batch import Lane
 from agentserve.core.costmodel import DeviceProfile
+from agentserve.core.masks import TokenMasks
 from agentserve.core.slots import PartitionTable, build_partition_table
 from agentserve.errors import ConfigError
 from agentserve.executors.pytorch.devices.cuda import CudaDevice, CudaSlot
@@ -20,9 +21,11 @@ from agentserve.executors.pytorch.devices.cuda_runtime import cuda_obstacle
 from agentserve.executors.pytorch.devices.graphs import DecodeGraphs
 from agentserve.executors.pytorch.devices.memory import kv_pool_bytes
 from agentserve.executors.pytorch.executor import TorchExecutor, kv_bytes_per_block
+from agentserve.executors.pytorch.lora import make_store
 from agentserve.executors.pytorch.warmup import compile_prefill, hold_activations, measure_rates
 from agentserve.models.interface import DecoderModel
 from agentserve.models.loader import load_model
+from agentserve.models.lora import LoraAdapter
 from agentserve.models.registry import ModelSource
 from agentserve.profiles.sheets import from_data_sheet
 from agentserve.runtime.live import MonotonicClock
@@ -57,14 +60,16 @@ def build_cuda_executor(
     config: ServeConfig,
     source: ModelSource,
     report: Callable[[str], None],
+    masks: TokenMasks | None = None,
+    adapters: Sequence[LoraAdapter] = (),
 ) -> tuple[TorchExecutor, DecoderModel, DeviceProfile]:
-    """The executor, its model, and where a fit of the device starts.
+    """The executor, its model, and where a fit of the device starts. `masks` are for requests with a grammar.
 
     Raises ConfigError or ModelError, each with one clear sentence, and gives back what was taken by then.
     """
     device = CudaDevice(slots=slot_mode(config))
     try:
-        return _build(device, config, source, report)
+        return _build(device, config, source, report, masks=masks, adapters=adapters)
     except torch.OutOfMemoryError as error:
         device.close()
         raise ConfigError(f"{source.name} does not fit the GPU: {str(error).splitlines()[0]}") from error
@@ -85,6 +90,9 @@ def _build(
     config: ServeConfig,
     source: ModelSource,
     report: Callable[[str], None],
+    *,
+    masks: TokenMasks | None,
+    adapters: Sequence[LoraAdapter],
 ) -> tuple[TorchExecutor, DecoderModel, DeviceProfile]:
     report(f"{device.description}: {device.decision.reason}")
     model = load_model(
@@ -108,6 +116,8 @@ def _build(
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
     )
+    # Before the pool takes what is left.
+    lora = make_store(model, adapters, device, max_slots=config.max_loras, max_rank=config.max_lora_rank)
     block_bytes = kv_bytes_per_block(model.config, model.dtype, config.block_size)
     window = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
     pool_bytes = _pool_bytes(device, config, block_bytes, min_blocks=-(-window // config.block_size))
@@ -120,7 +130,9 @@ def _build(
         max_num_seqs=config.max_num_seqs,
         max_model_len=window,
         clock=MonotonicClock(),
+        token_masks=masks,
         attention=config.attention_backend,
+        lora=lora,
         make_graphs=lambda step, buckets: DecodeGraphs(
             step, buckets=buckets, max_graphs=_MAX_GRAPHS, max_bytes=graph_bytes
         ),
@@ -128,7 +140,7 @@ def _build(
     report(f"{executor.attention.reason}; capturing decode graphs")
     try:
         executor.prepare_graphs(_usual_slots(device, table))
-        compile_prefill(executor, table, _warm_up_sizes(config.max_num_batched_tokens))
+        compile_prefill(executor, table, _warm_up_sizes(config.max_num_batched_tokens), max_model_len=window)
     except BaseException:
         executor.close()
         raise

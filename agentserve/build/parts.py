@@ -7,20 +7,29 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from agentserve.config import ServeConfig
+from agentserve.build.adapters import lora_config, read_adapters, slot_bytes
+from agentserve.config import LoraConfig, ServeConfig, TieringConfig
 from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
 from agentserve.errors import ConfigError, ModelError
+from agentserve.executors.simulated.constrained import ConstrainedTokens
 from agentserve.executors.simulated.executor import SimulatedExecutor
+from agentserve.executors.simulated.scripted import ScriptedExecutor
 from agentserve.models.config import ModelConfig
 from agentserve.models.registry import ModelSource, resolve_model
 from agentserve.profiles import load_profile
+from agentserve.profiles.links import TierSizes, make_tiering
 from agentserve.runtime.live import MonotonicClock
+from agentserve.runtime.script import Script, read_script
 from agentserve.text.chat import ChatTemplate, load_chat_template
+from agentserve.text.grammar.compiler import GrammarCompiler
+from agentserve.text.grammar.masks import GrammarMasks
+from agentserve.text.output import OutputFormat, choose_output_format
 from agentserve.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +60,17 @@ class TextSide:
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate | None
+    output: OutputFormat
+    """How the model writes tool calls and reasoning."""
+    grammars: GrammarCompiler
+    masks: GrammarMasks
+    """Which tokens requests with a grammar may produce: the executor asks it, and the client tells it."""
     notes: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        """Ends the threads that compile grammars and compute masks; nobody may be asking for either any more."""
+        self.masks.shutdown()
+        self.grammars.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +88,15 @@ class Parts:
     sheet: DeviceProfile | None = None
     """Where a fit of the device starts; None for orders of magnitude."""
     notes: tuple[str, ...] = ()
+    script: Script | None = None
+    """What answers, if it is no model."""
+    lora: LoraConfig | None = None
+    """The adapters that requests may name."""
+
+    def close(self) -> None:
+        """Closes the executor, which asks for masks, and then the text side."""
+        self.executor.close()
+        self.text.close()
 
 
 def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str, Parts]:
@@ -87,6 +115,10 @@ def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str
 
 def choose(config: ServeConfig) -> tuple[ModelSource, str, tuple[str, ...]]:
     """The model, `cuda`, `cpu` or `simulated`, and why if the user did not ask for it."""
+    if config.script is not None:
+        if config.executor not in {"auto", "simulated"}:
+            raise ConfigError(f"--script needs --executor simulated, not {config.executor}")
+        return resolve_model(config.model or SIMULATED_DEFAULT_MODEL), "simulated", ()
     if config.executor in {"auto", "cuda"}:
         for name in (config.model,) if config.model else CUDA_DEFAULT_MODELS:
             source = resolve_model(name)
@@ -155,7 +187,8 @@ def window(config: ServeConfig, model_config: ModelConfig, capabilities: Capabil
     """The run-time context window: what was asked for, or what model, device and cache allow."""
     trained = model_config.max_position_embeddings
     if config.max_model_len is not None:
-        if config.max_model_len > trained:
+        # A script knows no positions: it can pretend to any window.
+        if config.max_model_len > trained and config.script is None:
             raise ConfigError(f"--max-model-len {config.max_model_len} exceeds the {trained} tokens of the model")
         return config.max_model_len
     limit = trained if capabilities.simulated else min(trained, _CPU_MAX_MODEL_LEN)
@@ -176,29 +209,36 @@ def _num_blocks(pool_bytes: int, block_bytes: int) -> int:
 def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> Parts:
     from agentserve.executors.pytorch.devices.cpu import CpuDevice
     from agentserve.executors.pytorch.executor import TorchExecutor, kv_bytes_per_block
+    from agentserve.executors.pytorch.lora import make_store
     from agentserve.models.loader import load_model
 
     # First what can be refused: loading a model takes a while.
     profile = load_profile(config.profile) if config.profile is not None else None
+    adapters = read_adapters(config, source)
     model: DecoderModel = load_model(
         source, dtype=config.dtype, load_format=config.load_format, seed=config.seed, report=report
     )
-    text = _text_side(source, report)
+    text = _text_side(config, source, report)
     block_bytes = kv_bytes_per_block(model.config, model.dtype, config.block_size)
     pool_bytes = config.kv_cache_memory
     if pool_bytes is None:
         pool_bytes = min(_CPU_KV_LIMIT, int(psutil.virtual_memory().available * _CPU_KV_SHARE))
+    device = CpuDevice()
     executor = TorchExecutor(
         model,
-        CpuDevice(),
+        device,
         num_blocks=_num_blocks(pool_bytes, block_bytes),
         block_size=config.block_size,
         max_num_seqs=config.max_num_seqs,
         clock=MonotonicClock(),
+        token_masks=text.masks,
         attention=config.attention_backend,
+        lora=make_store(model, adapters, device, max_slots=config.max_loras, max_rank=config.max_lora_rank),
     )
     dtype = str(model.dtype).removeprefix("torch.")
-    return Parts(executor, model.config, text, model_shape(model.config, model.dtype.itemsize), dtype, profile)
+    shape = model_shape(model.config, model.dtype.itemsize)
+    lora = lora_config(adapters, model.config, config.max_loras, "")
+    return Parts(executor, model.config, text, shape, dtype, profile, lora=lora)
 
 
 # ---- a GPU ----
@@ -209,11 +249,13 @@ def _build_cuda(config: ServeConfig, source: ModelSource, report: Callable[[str]
 
     # First what can be refused: loading a model takes a while.
     profile = load_profile(config.profile) if config.profile is not None else None
-    text = _text_side(source, report)
-    executor, model, sheet = build_cuda_executor(config, source, report)
+    text = _text_side(config, source, report)
+    adapters = read_adapters(config, source)
+    executor, model, sheet = build_cuda_executor(config, source, report, text.masks, adapters)
     dtype = str(model.dtype).removeprefix("torch.")
     shape = model_shape(model.config, model.dtype.itemsize)
-    return Parts(executor, model.config, text, shape, dtype, profile, sheet)
+    lora = lora_config(adapters, model.config, config.max_loras, "" if profile is None else profile.name)
+    return Parts(executor, model.config, text, shape, dtype, profile, sheet, lora=lora)
 
 
 # ---- simulated timing ----
@@ -230,20 +272,41 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
     pool_bytes = (
         config.kv_cache_memory or int(profile.memory_bytes * config.gpu_memory_utilization) - shape.weight_bytes
     )
+    lora = lora_config(read_adapters(config, source), source.config, config.max_loras, profile.name)
+    if lora is not None and config.kv_cache_memory is None:
+        pool_bytes -= slot_bytes(source.config, config.max_lora_rank, lora.max_resident, 4 if dtype == "float32" else 2)
     if pool_bytes <= 0:
         raise ConfigError(
             f"{source.name} ({shape.weight_bytes / 2**30:.1f} GiB of weights) does not fit a {profile.description} "
             f"with {profile.memory_bytes / 2**30:.0f} GiB"
         )
-    text = _text_side(source, report)
-    executor = SimulatedExecutor(
-        CostModel(profile, shape),
-        num_blocks=_num_blocks(pool_bytes, shape.kv_bytes_per_token * config.block_size),
-        block_size=config.block_size,
-        vocabulary=text.tokenizer.encode(_SIMULATED_TEXT),
-    )
-    note = f"timing of {profile.description} is {profile.provenance}"
-    return Parts(executor, source.config, text, shape, dtype, profile, notes=(note,))
+    text = _text_side(config, source, report)
+    options: dict[str, Any] = {
+        "num_blocks": _num_blocks(pool_bytes, shape.kv_bytes_per_token * config.block_size),
+        "block_size": config.block_size,
+        "vocabulary": text.tokenizer.encode(_SIMULATED_TEXT),
+        "constrained": ConstrainedTokens(text.masks, _closing_tokens(text.tokenizer)),
+    }
+    options["tiering"], tier_notes = tiering_of(config, profile, shape)
+    options["lora"] = lora
+    cost_model = CostModel(profile, shape)
+    notes = [f"timing of {profile.description} is {profile.provenance}", *tier_notes]
+    script = None
+    if config.script is None:
+        executor = SimulatedExecutor(cost_model, **options)
+    else:
+        script = Script(read_script(Path(config.script)), text.tokenizer)
+        executor = ScriptedExecutor(cost_model, next_token=script.next_token, **options)
+        notes.insert(0, f"SCRIPTED: every answer is a line of {config.script}")
+    return Parts(executor, source.config, text, shape, dtype, profile, notes=tuple(notes), script=script, lora=lora)
+
+
+def tiering_of(
+    config: ServeConfig, profile: DeviceProfile | None, shape: ModelShape
+) -> tuple[TieringConfig | None, tuple[str, ...]]:
+    """The tiers below the device's pool that the options ask for, and a note about each link."""
+    sizes = TierSizes(host_gib=config.kv_offloading_size, write_back=config.kv_write_back)
+    return make_tiering(sizes, "" if profile is None else profile.name, shape.kv_bytes_per_token * config.block_size)
 
 
 def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
@@ -264,20 +327,40 @@ def model_shape(config: ModelConfig, element_size: int = 2) -> ModelShape:
     )
 
 
-def _text_side(source: ModelSource, report: Callable[[str], None]) -> TextSide:
+_CLOSING = ('"', "}", "]", '"}', ")", "</", ">", "\n", ",", ":")
+"""What brings a made-up text to an end that follows a grammar, the best first."""
+
+
+def _closing_tokens(tokenizer: Tokenizer) -> list[int]:
+    return [token_ids[0] for text in _CLOSING if len(token_ids := tokenizer.encode(text)) == 1]
+
+
+def _text_side(config: ServeConfig, source: ModelSource, report: Callable[[str], None]) -> TextSide:
     """Tokenizer and template of the model; for one without files a stand-in, and a note that says so."""
     if source.path is not None:
         report(f"loading the tokenizer of {source.name}")
         tokenizer = load_tokenizer(source)
-        return TextSide(tokenizer, load_chat_template(source, tokenizer))
+        return _put_together(config, tokenizer, load_chat_template(source, tokenizer))
     try:
         stand_in = resolve_model(CPU_DEFAULT_MODEL)
         if stand_in.path is not None:
             tokenizer = load_tokenizer(stand_in)
             note = f"there is no tokenizer of {source.name} here: that of {stand_in.name} stands in"
-            return TextSide(tokenizer, load_chat_template(stand_in, tokenizer), (note,))
+            return _put_together(config, tokenizer, load_chat_template(stand_in, tokenizer), note)
     except ModelError as error:
         logger.warning("the tokenizer of %s cannot be used: %s", CPU_DEFAULT_MODEL, error)
     byte_tokenizer = ByteTokenizer()
     note = f"there is no tokenizer of {source.name} here: each byte counts as a token"
-    return TextSide(byte_tokenizer, load_chat_template(None, byte_tokenizer), (note,))
+    return _put_together(config, byte_tokenizer, load_chat_template(None, byte_tokenizer), note)
+
+
+def _put_together(
+    config: ServeConfig, tokenizer: Tokenizer, chat_template: ChatTemplate | None, *notes: str
+) -> TextSide:
+    output = choose_output_format(
+        None if chat_template is None else chat_template.text,
+        tokenizer,
+        tool_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
+    )
+    return TextSide(tokenizer, chat_template, output, GrammarCompiler(tokenizer, output), GrammarMasks(), notes)

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from agentserve.build.adapters import simulated_lora
 from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
 from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.costmodel import CostModel
@@ -14,6 +15,7 @@ from agentserve.errors import ConfigError, WorkloadError
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.models.registry import resolve_model
 from agentserve.profiles import load_profile
+from agentserve.profiles.links import TierSizes, make_tiering
 from agentserve.runtime.recording import Header
 from agentserve.runtime.replay import build_core
 from agentserve.runtime.virtual import VirtualDriver
@@ -37,8 +39,17 @@ _MAX_BATCHES = 2000
 """Batches that a result keeps: more than a figure can show."""
 _ELEMENT_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _CONTROL = ("controller", "slots", "tpot_target_ms")
-_ENGINE = ("scheduler", "max_num_seqs", "max_num_batched_tokens", "prefill_chunk")
+_ENGINE = (
+    "scheduler",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "prefill_chunk",
+    "policy",
+    "order",
+    "protect_anchors",
+)
 _LINK_GB_PER_S = 12.0
+_LORA_RANK, _MAX_LORAS = 16, 8
 
 
 # ---- engines ----
@@ -70,6 +81,8 @@ def build_instance(header: Header) -> Instance:
         block_size=config.block_size,
         vocabulary=_VOCABULARY,
         lookahead=config.decode_lookahead,
+        tiering=config.tiering,
+        lora=config.lora,
     )
     return Instance(build_core(header), executor)
 
@@ -116,6 +129,7 @@ class _Planner:
         _check_control(cell, header.config)
         shape = header.model_shape
         assert shape is not None
+        header, tier_notes = _with_tiers(cell, _with_adapters(cell, header, workload))
         return Plan(
             cell=cell,
             header=header,
@@ -126,7 +140,7 @@ class _Planner:
             overload_calls=cell.overload_calls or header.config.max_num_seqs,
             link=Link((cell.link_gb_per_s or _LINK_GB_PER_S) * 1e9, kv_bytes_per_token=shape.kv_bytes_per_token),
             recorded=None if traffic is None else traffic.records,
-            notes=_notes(workload, header),
+            notes=(*_notes(workload, header), *tier_notes),
         )
 
 
@@ -231,6 +245,55 @@ def _recorded_header(cell: Cell, header: Header) -> Header:
         changes["max_model_len"] = cell.max_model_len
     changed = dataclasses.replace(config, num_blocks=num_blocks, block_size=block_size, **changes)
     return dataclasses.replace(header, config=changed, executor="simulated")
+
+
+def _with_adapters(cell: Cell, header: Header, workload: Workload) -> Header:
+    """The header with the adapters that the programs name. Raises ConfigError for options about them without any."""
+    names = sorted({program.adapter for program in workload.programs if program.adapter is not None})
+    if not names:
+        for name in ("max_loras", "lora_rank"):
+            if getattr(cell, name) is not None:
+                raise ConfigError(f"{flag(name)}: no program of {cell.workload} names an adapter")
+        return header
+    model = resolve_model(header.model).config
+    assert header.device is not None
+    if model is None:
+        raise ConfigError(f"the shape of {header.model} is not known, so its adapters have no size")
+    lora = simulated_lora(
+        names,
+        model,
+        rank=cell.lora_rank or _LORA_RANK,
+        max_loras=cell.max_loras or _MAX_LORAS,
+        element_size=_ELEMENT_SIZES[cell.dtype or "bfloat16"],
+        profile_name=header.device.name,
+    )
+    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora=lora))
+
+
+def _with_tiers(cell: Cell, header: Header) -> tuple[Header, tuple[str, ...]]:
+    """The header with the tiers of the cell, and notes about their links. Raises ConfigError for a link to nothing."""
+    for size, link in (("kv_offloading_size", "host_link_gb_per_s"), ("cxl_size", "cxl_link_gb_per_s")):
+        if getattr(cell, link) is not None and getattr(cell, size) is None:
+            raise ConfigError(f"{flag(link)} needs {flag(size)}")
+    says_sizes = cell.kv_offloading_size is not None or cell.cxl_size is not None
+    if cell.kv_write_back is not None and not says_sizes:
+        raise ConfigError("--kv-write-back needs --kv-offloading-size or --cxl-size")
+    assert header.device is not None and header.model_shape is not None
+    block_bytes = header.model_shape.kv_bytes_per_token * header.config.block_size
+    sizes = TierSizes(
+        cell.kv_offloading_size,
+        cell.cxl_size,
+        cell.host_link_gb_per_s and cell.host_link_gb_per_s * 1e9,
+        cell.cxl_link_gb_per_s and cell.cxl_link_gb_per_s * 1e9,
+        cell.kv_write_back,
+    )
+    tiering, notes = make_tiering(sizes, header.device.name, block_bytes)
+    recorded = header.config.tiering
+    if not says_sizes and recorded is not None:
+        if recorded.block_bytes != block_bytes:
+            raise ConfigError("the recorded tiers are for other blocks: say --kv-offloading-size (0: none)")
+        tiering = recorded
+    return dataclasses.replace(header, config=dataclasses.replace(header.config, tiering=tiering)), notes
 
 
 def _engine_options(cell: Cell, control: ControlConfig) -> dict[str, Any]:

@@ -10,8 +10,23 @@ from torch import Tensor
 from torch.nn import functional
 
 from agentserve.models.config import ModelConfig
-from agentserve.models.interface import Attention, ProjectedAttention, RotaryTables
-from agentserve.models.layers import Linear, RMSNorm, Rotary, Rotation, SelfAttention, SwiGLU
+from agentserve.models.interface import (
+    Attention,
+    BatchAdapters,
+    LayerAdapters,
+    ProjectedAttention,
+    RotaryTables,
+)
+from agentserve.models.layers import (
+    JoinedSwiGLU,
+    Linear,
+    RMSNorm,
+    Rotary,
+    Rotation,
+    SelfAttention,
+    SwiGLU,
+    joins_gate_up,
+)
 from agentserve.models.weights import Weights
 
 
@@ -22,11 +37,32 @@ class DecoderLayer:
     input_norm: RMSNorm
     attention: SelfAttention
     post_attention_norm: RMSNorm
-    mlp: SwiGLU
+    mlp: SwiGLU | JoinedSwiGLU
 
-    def __call__(self, hidden: Tensor, rotation: Rotation | RotaryTables, attention: Attention) -> Tensor:
-        hidden = self.attention(self.input_norm(hidden), rotation, attention, hidden)
-        return self.mlp(self.post_attention_norm(hidden), hidden)
+    def __call__(
+        self, hidden: Tensor, rotation: Rotation, attention: Attention, adapters: LayerAdapters | None
+    ) -> Tensor:
+        hidden = self.attention(self.input_norm(hidden), rotation, attention, hidden, adapters)
+        return self.mlp(self.post_attention_norm(hidden), hidden, adapters)
+
+    def fused(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        tables: RotaryTables,
+        attention: ProjectedAttention,
+        next_norm: RMSNorm,
+        *,
+        adapters: LayerAdapters | None,
+    ) -> Tensor:
+        """The layer for normalized rows `x`, which are overwritten; returns them normalized for what comes next.
+
+        `residual` is the stream beside them, added to in place. A norm and the addition before it are one kernel.
+        """
+        operations = attention.operations
+        x = self.attention.fused(x, tables, attention, adapters)
+        x = self.mlp.fused(self.post_attention_norm.after_adding(x, residual, operations), operations, adapters)
+        return next_norm.after_adding(x, residual, operations)
 
 
 class Decoder(ABC):
@@ -52,16 +88,27 @@ class Decoder(ABC):
     def make_layer(self, weights: Weights, index: int) -> DecoderLayer:
         """Layer `index`, from 0."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, adapters: BatchAdapters | None = None
+    ) -> Tensor:
         """See `DecoderModel.forward`."""
         hidden = functional.embedding(token_ids, self._embedding)
         if isinstance(attention, ProjectedAttention):
-            rotation: Rotation | RotaryTables = self._rotary.tables(positions)
-        else:
-            rotation = self._rotary.at(positions, self.dtype)
-        for layer in self._layers:
-            hidden = layer(hidden, rotation, attention)
+            return self._forward_fused(hidden, self._rotary.tables(positions), attention, adapters)
+        rotation = self._rotary.at(positions, self.dtype)
+        for index, layer in enumerate(self._layers):
+            hidden = layer(hidden, rotation, attention, None if adapters is None else adapters.layer(index))
         return self._norm(hidden)
+
+    def _forward_fused(
+        self, residual: Tensor, tables: RotaryTables, attention: ProjectedAttention, adapters: BatchAdapters | None
+    ) -> Tensor:
+        norms = [*(layer.input_norm for layer in self._layers), self._norm]
+        x = norms[0](residual)
+        for index, (layer, next_norm) in enumerate(zip(self._layers, norms[1:], strict=True)):
+            own = None if adapters is None else adapters.layer(index)
+            x = layer.fused(x, residual, tables, attention, next_norm, adapters=own)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `DecoderModel.logits`."""
@@ -92,9 +139,15 @@ class Decoder(ABC):
         config = self.config
         return self.linear(weights, f"{name}.o_proj", config.hidden_size, config.num_heads * config.head_dim)
 
-    def swiglu(self, weights: Weights, name: str) -> SwiGLU:
+    def swiglu(self, weights: Weights, name: str) -> SwiGLU | JoinedSwiGLU:
         """The MLP `name`."""
         hidden_size, intermediate_size = self.config.hidden_size, self.config.intermediate_size
+        if joins_gate_up(self.device):
+            gates, ups = (f"{name}.{part}_proj.weight" for part in ("gate", "up"))
+            gate_up = torch.cat([weights.get(part, intermediate_size, hidden_size) for part in (gates, ups)])
+            return JoinedSwiGLU(
+                Linear(gate_up), self.linear(weights, f"{name}.down_proj", hidden_size, intermediate_size)
+            )
         return SwiGLU(
             gate=self.linear(weights, f"{name}.gate_proj", intermediate_size, hidden_size),
             up=self.linear(weights, f"{name}.up_proj", intermediate_size, hidden_size),

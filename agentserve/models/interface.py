@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 import torch
@@ -55,12 +56,26 @@ class HeadNormWeights:
     eps: float
 
 
+class FusedOperations(Protocol):
+    """What lies between the matrix products of a layer, each as one kernel that works in place."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`residual += x`, then the RMSNorm of the sum, in the memory of `x`; `x`, `residual` `[n, width]`."""
+        ...
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        """`silu(gate) * up` of `[n, 2 * width]`, gates first: `[n, width]`, in the memory of the gates."""
+        ...
+
+
 class ProjectedAttention(ABC):
     """An `Attention` that takes queries, keys and values as they come from the projection.
 
     On a GPU one kernel then does what would be half a dozen small ones, each of which takes longer to launch and to
-    start than to run.
+    start than to run. Where it is so, the rest of a layer is fused as well: with `operations`.
     """
+
+    operations: FusedOperations
 
     @abstractmethod
     def attend_projected(
@@ -72,6 +87,40 @@ class ProjectedAttention(ABC):
         """
 
 
+class Product(Enum):
+    """Matrix products of a decoder layer, as they are computed: some of them for several linear layers at once."""
+
+    QKV = ("q_proj", "k_proj", "v_proj")
+    OUTPUT = ("o_proj",)
+    GATE = ("gate_proj",)
+    UP = ("up_proj",)
+    GATE_UP = ("gate_proj", "up_proj")
+    DOWN = ("down_proj",)
+
+
+class LayerAdapters(Protocol):
+    """The LoRA adapters of a batch, in one layer."""
+
+    def add(self, product: Product, x: Tensor, y: Tensor, first_row: int = 0) -> None:
+        """`y += s (x A^T) B^T`, in place and for each row with its adapter, if it has one.
+
+        Args:
+            product: of which `y` is the result.
+            x: `[n, num_inputs]`, what went into it.
+            y: `[n, num_outputs]`; those of several linear layers lie side by side.
+            first_row: of the batch that `x` begins with.
+        """
+        ...
+
+
+class BatchAdapters(Protocol):
+    """The LoRA adapters of a batch."""
+
+    def layer(self, index: int) -> LayerAdapters:
+        """Those of a layer, from 0."""
+        ...
+
+
 class DecoderModel(Protocol):
     """A decoder-only language model."""
 
@@ -79,8 +128,10 @@ class DecoderModel(Protocol):
     dtype: torch.dtype
     """Of activations, and so of keys and values."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states (normalized) `[num_tokens, hidden_size]`; both arguments are `[num_tokens]` int64."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attention, adapters: BatchAdapters | None = None
+    ) -> Tensor:
+        """Final hidden states (normalized) `[num_tokens, hidden_size]`; the tensors are `[num_tokens]` int64."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -125,11 +125,12 @@ class Check:
     def _part(self, parts: Sequence[Part], index: int, log: IO[str]) -> dict[str, Any]:
         part = parts[index]
         entry: dict[str, Any] = {"what": part.what, "status": "skipped", "result": {}}
-        if missing := surroundings.missing(("torch", *part.needs)):
-            return entry | {"why": f"these modules are missing: {', '.join(missing)}"}
         limit_s = time_for(parts, index, self.deadline_s - time.monotonic())
-        if limit_s <= 0.0:
-            return entry | {"why": "no time was left"}
+        missing = surroundings.missing(("torch", *part.needs))
+        if missing or limit_s <= 0.0:
+            entry["why"] = f"these modules are missing: {', '.join(missing)}" if missing else "no time was left"
+            print(f"== {part.name}: skipped, {entry['why']}", flush=True)
+            return entry
         print(f"== {part.name}, at most {limit_s:.0f} s: {part.what}", flush=True)
         folder = self.scratch / part.name
         folder.mkdir()

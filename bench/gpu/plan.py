@@ -31,13 +31,16 @@ class Part:
     """Modules without which it cannot run, beside torch."""
 
 
-_SERVER = ("aiohttp", "jinja2", "prometheus_client", "psutil", "pydantic", "rich", "transformers")
+_ENGINE = ("jinja2", "numpy", "psutil", "safetensors", "tokenizers")
+_SERVER = (*_ENGINE, "aiohttp", "prometheus_client", "pydantic", "rich", "transformers")
 
 PARTS = (
     Part("device", "facts, Green Contexts, which SMs a slot runs on, cost of a switch", 75, 30, ("triton",)),
     Part("tests", "pytest -m gpu", 130, 60, ("pytest",)),
-    Part("steps", "ceilings of the device; decode steps and prefills of the model against them", 130, 70),
-    Part("sharing", "decode steps beside prefills in every partition; figure 3; profile and residuals", 100, 50),
+    Part("steps", "ceilings of the device; decode steps and prefills of the model against them", 130, 70, _ENGINE),
+    Part(
+        "sharing", "decode steps beside prefills in every partition; figure 3; profile and residuals", 100, 50, _ENGINE
+    ),
     Part("daemon", "victim_attacker and react on the daemon: figures 2, 5 and 7", 215, 110, (*_SERVER, "matplotlib")),
     Part("attention", "attention kernels side by side: FlashInfer, Triton, torch", 60, 15),
     Part("sanitizer", "compute-sanitizer over the tests of the kernels", 120, 0, ("pytest",)),

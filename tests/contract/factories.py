@@ -6,14 +6,17 @@ from functools import partial
 from typing import Any
 
 from agentserve.core.clock import VirtualClock
+from agentserve.core.masks import TokenMasks
+from agentserve.executors.simulated.constrained import ConstrainedTokens
 from tests.contract.harness import BLOCK_SIZE, NUM_BLOCKS, Harness
 from tests.core import builders as core_builders
 from tests.executors.builders import torch_harness
 
 
-def simulated() -> Harness:
+def simulated(*, token_masks: TokenMasks | None = None) -> Harness:
     """The simulated executor on a virtual clock."""
-    return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE), VirtualClock())
+    constrained = None if token_masks is None else ConstrainedTokens(token_masks, ())
+    return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE, constrained=constrained), VirtualClock())
 
 
 def torch_cpu(**values: Any) -> Harness:

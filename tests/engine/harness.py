@@ -44,6 +44,8 @@ def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest
             for batch in result.batches:
                 run.batches.append(batch)
                 executor.submit(batch, time.monotonic_ns())
+            for transfer in result.transfers:
+                executor.submit_transfer(transfer, time.monotonic_ns())
             if core.has_unfinished:
                 assert woken.wait(60), "the executor is silent"
                 woken.clear()

@@ -143,6 +143,10 @@ class FakeDriver:
 
     # ---- what tests look at ----
 
+    def _assert_primary(self, what: str) -> None:
+        refused = "cuCtxPushCurrent" in self.fails  # then it is worth a try all the same
+        assert refused or self.current == [self._primary], f"a thread without a context {what}"
+
     def streams(self) -> list[Handle]:
         return [handle for handle in self.handles if handle.kind == "stream" and handle.alive]
 
@@ -303,6 +307,7 @@ class FakeDriver:
         return self._handle("green", sms=sms, balanced=any(q.sharingScope.value == 1 for q in queues))
 
     def cuGreenCtxDestroy(self, context: Handle) -> None:
+        self._assert_primary("destroys a context")
         self._end(context, "green")
         assert not [s for s in self.streams() if s.context is context and not s.refused], (
             "a stream outlives its context"
@@ -329,6 +334,7 @@ class FakeDriver:
         _refuse_unless(stream.alive, CUresult.CUDA_ERROR_INVALID_HANDLE)
 
     def cuStreamDestroy(self, stream: Handle) -> None:
+        self._assert_primary("destroys a stream")
         self._end(stream, "stream")
 
     def cuDevicePrimaryCtxRetain(self, device: str) -> Handle:

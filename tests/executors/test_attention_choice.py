@@ -26,7 +26,7 @@ CPU = AttentionFacts("cpu", None, QWEN, "3.6.0", False, None, False)
         (CPU, "mirror", "the fastest on a CPU"),
         (H200, "flashinfer", "flashinfer attention"),
         (replace(H200, flashinfer_version=None), "triton", "not flashinfer: FlashInfer is not installed"),
-        (replace(H200, triton_version=None), "flashinfer", "(rotation is not fused: Triton is not installed)"),
+        (replace(H200, triton_version=None), "flashinfer", "(layers are not fused: Triton is not installed)"),
         (replace(H200, flashinfer_version="0.5.3"), "triton", "FlashInfer 0.5.3 is older than 0.6"),
         (replace(H200, can_build_flashinfer=False), "triton", "a CUDA compiler, or modules"),
         (replace(H200, shape=replace(QWEN, dtype=torch.float32)), "triton", "does not compute in float32"),
@@ -71,11 +71,11 @@ def test_what_is_asked_for_by_name_runs_if_it_can(wanted, facts):
 
 
 def test_rotation_is_fused_where_triton_runs():
-    assert choose_attention("auto", H200).fuses_rotation
-    assert choose_attention("triton", H200).fuses_rotation
-    assert not choose_attention("torch", H200).fuses_rotation
-    assert not choose_attention("auto", replace(H200, triton_version=None)).fuses_rotation
-    assert not choose_attention("auto", CPU).fuses_rotation
+    assert choose_attention("auto", H200).is_fused
+    assert choose_attention("triton", H200).is_fused
+    assert not choose_attention("torch", H200).is_fused
+    assert not choose_attention("auto", replace(H200, triton_version=None)).is_fused
+    assert not choose_attention("auto", CPU).is_fused
 
 
 def test_interpreted_kernels_run_on_a_cpu():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,12 @@ from agentserve.core.batch import Lane
 from agentserve.errors import ConfigError
 from agentserve.executors.pytorch.devices.cuda import CudaDevice, CudaSlot
 from agentserve.executors.pytorch.devices.cuda_runtime import cuda_obstacle
-from agentserve.executors.pytorch.devices.graphs import DecodeGraphs, batch_buckets, bucket_for
+from agentserve.executors.pytorch.devices.graphs import (
+    DecodeGraphs,
+    TorchGraphRuntime,
+    batch_buckets,
+    bucket_for,
+)
 from tests.executors.fake_cuda import A5000, FakeDriver
 from tests.executors.fake_runtime import FakeRuntime
 
@@ -70,6 +77,56 @@ class FakeGraphRuntime:
 
     def free_bytes(self) -> int:
         return self.free
+
+
+class FullDevice(FakeGraphRuntime):
+    def capture(self, stream: Any, pool: object, work: Callable[[], None]) -> FakeGraph:
+        self.log.append("capture")
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_without_memory_for_a_graph_no_request_fails(device: CudaDevice) -> None:
+    runtime, steps = FullDevice(), []
+    graphs = DecodeGraphs(
+        lambda _, rows: steps.append(rows), buckets=batch_buckets(8), max_graphs=9, max_bytes=1 << 30, runtime=runtime
+    )
+    slot = device.slot(Lane.DECODE, device.compute_units)
+    for _ in range(5):
+        assert graphs.enqueue(slot, 3) == 3
+    assert steps == [3] * 5
+    assert runtime.log == ["capture"]  # once: it is not tried again
+    assert graphs.report().full and graphs.report().num_graphs == 0
+
+
+class BrokenCapture:
+    """torch.cuda.CUDAGraph whose capture is invalidated by an error, as by the driver."""
+
+    log: ClassVar[list[str]] = []
+
+    def capture_begin(self, **values: object) -> None:
+        self.log.append(f"begin {values['capture_error_mode']}")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+def test_a_step_that_fails_in_a_capture_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream stops capturing, and what is raised is the reason, not that the capture is broken."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", BrokenCapture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    collects: list[bool] = []
+
+    def work() -> None:
+        collects.append(gc.isenabled())
+        raise KeyError("a step")
+
+    with pytest.raises(KeyError, match="a step"):
+        TorchGraphRuntime().capture(None, None, work)
+    assert BrokenCapture.log == ["begin thread_local", "end"]
+    assert collects == [False] and gc.isenabled()  # nothing is freed in the middle of a capture
+    with pytest.raises(RuntimeError, match="previous error"):
+        TorchGraphRuntime().capture(None, None, lambda: None)
 
 
 @pytest.fixture

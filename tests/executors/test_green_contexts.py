@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from agentserve.core.batch import Lane
@@ -181,6 +183,22 @@ def test_a_failure_half_way_leaves_nothing_behind(call: str, nth: int) -> None:
         assert isinstance(error, EngineError)
     else:
         assert fake.calls.count(call) - before < nth  # there was no such call
+        fake.fails.clear()
+        pool.close()
+    fake.assert_clean()
+
+
+def test_whoever_closes_has_the_primary_context() -> None:
+    """It may be a thread that has none: the fake refuses to destroy anything there. Without one it is tried anyway."""
+    fake = FakeDriver(A5000)
+    pool = make_pool(fake)
+    assert fake.current == []
+    pool.close()
+    fake.assert_clean()
+    assert fake.calls[-2:] == ["cuCtxPopCurrent", "cuDevicePrimaryCtxRelease"]
+    pool = make_pool(fake)
+    fake.fails["cuCtxPushCurrent"] = (fake.calls.count("cuCtxPushCurrent") + 1, CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+    with pytest.raises(CudaDriverError, match="cuCtxPushCurrent failed with CUDA_ERROR_ILLEGAL_ADDRESS"):
         pool.close()
     fake.assert_clean()
 
@@ -271,3 +289,21 @@ def test_an_error_without_a_description() -> None:
 
     with pytest.raises(CudaDriverError, match=r"cuInit failed with error 12345$"):
         CudaDriver(Module()).call("cuInit", 0)
+
+
+def test_the_fake_takes_what_the_bindings_take() -> None:
+    """Where cuda-python is installed, with or without a driver: the same functions, the same number of arguments."""
+    bindings = pytest.importorskip("cuda.bindings.driver")
+    fake = FakeDriver(A5000, bindings_version=bindings.CUDA_VERSION).module()
+    names = [name for name in vars(fake) if name.startswith("cu") and name[2].isupper()]
+    assert len(names) > 20
+    for name in names:
+        signature = str(getattr(bindings, name).__doc__).split("\n", 1)[0].removeprefix(f"{name}(").split(") ->")[0]
+        depths = [signature[:at].count("[") - signature[:at].count("]") for at in range(len(signature))]
+        commas = sum(letter == "," and depth == 0 for letter, depth in zip(signature, depths, strict=True))
+        num_arguments = 0 if signature.strip(" )") == "" else commas + 1
+        assert len(inspect.signature(getattr(FakeDriver, name)).parameters) - 1 == num_arguments, (name, signature)
+    resource = bindings.CUdevResource()
+    assert int(resource.type) == 0 and int(resource.sm.smCount) == 0
+    assert bindings.CUdevice_attribute(133) and int(bindings.CUdevResourceType(1)) == 1
+    assert int(bindings.CUstream(5)) == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
@@ -14,6 +15,7 @@ from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, Sched
 from agentserve.core.request import SamplingParams
 from agentserve.executors.pytorch.devices.cpu import CpuDevice
 from agentserve.executors.pytorch.executor import TorchExecutor
+from agentserve.executors.pytorch.sampler import enqueue
 from tests.contract.harness import Harness, TickingClock, chunk, greedy, spec
 from tests.executors.builders import Generation, generate, tiny_llama, torch_harness
 
@@ -126,6 +128,25 @@ def test_a_token_that_was_not_sampled_is_an_error(harness):
     # The batch that failed carries nothing on.
     failed = harness.run(harness.batch([pending("a", 1)]))
     assert failed.error is not None and "request a waits for a token" in failed.error
+
+
+def test_results_are_freed_by_the_thread_that_launches(harness, monkeypatch):
+    """Page-locked memory that another thread frees while a graph is captured would put an event into that graph."""
+    threads: list[str] = []
+
+    def watched(*arguments):
+        sampled = enqueue(*arguments)
+        sampled.maxima = sampled.maxima.clone()
+        weakref.finalize(sampled.maxima, lambda: threads.append(threading.current_thread().name))
+        return sampled
+
+    monkeypatch.setattr("agentserve.executors.pytorch.runner.enqueue", watched)
+    batches = [harness.batch([prompt("a")])] + [harness.batch([pending("a", index)]) for index in range(1, NUM_TOKENS)]
+    run_ahead(harness, batches)
+    assert len(threads) == NUM_TOKENS - 3  # not yet those of the two in flight, and of one that is being read
+    assert not [name for name in threads if "fences" in name]
+    harness.executor.close()
+    assert len(threads) == NUM_TOKENS  # the rest before the slots are gone
 
 
 def test_lanes_do_not_mix_up_their_tokens(harness):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ from agentserve.executors.pytorch.attention.paged_kernels import (
 from agentserve.executors.pytorch.devices.cpu import CpuDevice
 from agentserve.executors.pytorch.paged_pool import PagedPool
 from agentserve.executors.pytorch.runner import ModelRunner
+from agentserve_kernels.blocks import gather_blocks, scatter_blocks
 from tests.contract.harness import chunk, greedy, spec
 from tests.executors.builders import TINY, Generation, tiny_llama
+from tests.kernels.interpreter import interpreted
 from tests.models.reference import DenseCache
 
 BLOCK_SIZE = 4
@@ -301,3 +304,22 @@ def test_the_reference_cannot_be_captured():
     backend = make_backend()
     assert backend.static_steps is None
     assert not open_batch(backend, [chunk("a", [1], [0])]).is_static
+
+
+def test_blocks_of_the_pool_go_to_staging_memory_and_back():
+    """What moves between tiers will do: the kernels over the pool of the executor and the device's staging memory."""
+    device = CpuDevice()
+    try:
+        config = replace(TINY, head_dim=16)
+        pool = PagedPool(config, device, torch.bfloat16, num_blocks=6, block_size=8)
+        pool.pages.copy_(torch.arange(pool.pages.numel()).view(pool.pages.shape))
+        before = pool.pages.clone()
+        staging = device.host_empty((3, *pool.pages.shape[1:]), torch.bfloat16)
+        with interpreted():
+            gather_blocks(pool.pages, torch.tensor([4, 0, 2], dtype=torch.int32), staging, num_units=2)
+            pool.pages.zero_()
+            scatter_blocks(staging, torch.tensor([1, 0, 5], dtype=torch.int32), pool.pages, num_units=2)
+    finally:
+        device.close()
+    assert torch.equal(pool.pages[[1, 0, 5]], before[[4, 0, 2]])
+    assert not pool.pages[[2, 3, 4, 6]].any()

@@ -6,9 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
+
+from agentserve.models.aliases import ALIASES
+from agentserve.models.config import ModelConfig
 
 
 def compile_check(*options: str, out: Path) -> list[dict]:
@@ -40,6 +44,18 @@ def test_attention_compiles_for_the_newest_architecture(tmp_path: Path) -> None:
     options = ("--model", "llama-3-8b", "--arch", "120", "--kernel", "split")
     (report,) = (report for report in compile_check(*options, out=tmp_path / "r.json") if report["kernel"] == "decode")
     assert report["arch"] == 120
+
+
+def test_every_model_with_a_name_is_compiled_for() -> None:
+    from agentserve_kernels.compile_check import SHAPES  # noqa: PLC0415 - imports Triton's compiler
+
+    def shape_of(config: ModelConfig) -> tuple[int | bool, ...]:
+        return (
+            config.num_heads, config.num_kv_heads, config.head_dim, config.hidden_size, config.intermediate_size,
+            config.num_layers, config.vocab_size, config.architecture == "qwen3",
+        )  # fmt: skip
+
+    assert {s.name: astuple(s)[1:] for s in SHAPES} == {name: shape_of(known.config) for name, known in ALIASES.items()}
 
 
 def test_a_kernel_that_does_not_fit_is_reported() -> None:

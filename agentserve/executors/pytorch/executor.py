@@ -9,16 +9,20 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from agentserve.core.adapters import AdapterLoad, TransferOrder
 from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.clock import Clock
-from agentserve.core.executor import Capabilities
+from agentserve.core.executor import Capabilities, Completion
+from agentserve.core.masks import TokenMasks
 from agentserve.errors import EngineError
 from agentserve.executors.pytorch.attention.backends import make_backend
-from agentserve.executors.pytorch.attention.choice import AUTO, choose_attention, read_facts
+from agentserve.executors.pytorch.attention.choice import AUTO, AttentionChoice, choose_attention, read_facts
 from agentserve.executors.pytorch.attention.paged_kernels import AttentionShape
 from agentserve.executors.pytorch.devices.interface import Device, Fence, Slot
 from agentserve.executors.pytorch.lanes import LaneThread
+from agentserve.executors.pytorch.lora import LoraLoader, LoraStore
 from agentserve.executors.pytorch.runner import Launched, MakeGraphs, ModelRunner
+from agentserve.executors.pytorch.sampler import RowSampler
 from agentserve.models.config import ModelConfig
 from agentserve.models.interface import DecoderModel
 
@@ -29,6 +33,17 @@ def kv_bytes_per_block(config: ModelConfig, dtype: torch.dtype | str, block_size
     """Bytes of a block of the pool; `dtype` is that of the model, a name as in `torch.float32` without `torch.`."""
     resolved = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return config.kv_bytes_per_token(resolved.itemsize) * block_size
+
+
+def _sampler_maker(
+    choice: AttentionChoice, max_num_seqs: int, model: DecoderModel, device: Device
+) -> Callable[[], RowSampler] | None:
+    """Our kernels draw wherever they run at all."""
+    if not choice.is_fused:
+        return None
+    from agentserve.executors.pytorch.device_sampler import DeviceSampler  # noqa: PLC0415 - needs Triton
+
+    return lambda: DeviceSampler(max_num_seqs, model.config.vocab_size, device.torch_device)
 
 
 class _Flight:
@@ -72,6 +87,8 @@ class TorchExecutor:
         max_model_len: int | None = None,
         lookahead: int | None = None,
         make_graphs: MakeGraphs | None = None,
+        token_masks: TokenMasks | None = None,
+        lora: LoraStore | None = None,
     ) -> None:
         """Takes over `device` and closes it in `close`.
 
@@ -86,6 +103,8 @@ class TorchExecutor:
             max_model_len: the most tokens of a request; by default what model and pool allow.
             lookahead: batches that may be in flight in a lane; by default what the device says.
             make_graphs: captures decode steps, where the attention allows it.
+            token_masks: what requests with a grammar may produce; without it they fail.
+            lora: the slots of the adapters, on `device`.
 
         Raises ConfigError if the attention that was asked for does not run here, EngineError for other numbers that
         cannot be right.
@@ -113,7 +132,15 @@ class TorchExecutor:
             lookahead=lookahead,
         )
         self._runner = ModelRunner(
-            model, self._backend, device, max_num_seqs=max_num_seqs, lookahead=lookahead, make_graphs=make_graphs
+            model,
+            self._backend,
+            device,
+            max_num_seqs=max_num_seqs,
+            lookahead=lookahead,
+            make_graphs=make_graphs,
+            token_masks=token_masks,
+            lora=lora,
+            make_sampler=_sampler_maker(self.attention, max_num_seqs, model, device),
         )
         self._capabilities = Capabilities(
             name=device.name,
@@ -128,9 +155,10 @@ class TorchExecutor:
         )
         self._lock = threading.Lock()  # guards the four below
         self._num_in_flight = dict.fromkeys(Lane, 0)
-        self._finished: deque[BatchOutput] = deque()
+        self._finished: deque[Completion] = deque()
         self._wake: Callable[[], None] | None = None
         self._closed = False
+        self._loader = None if lora is None else LoraLoader(lora, clock, self._report, device)
         self._records = {lane: _LaneRecord() for lane in Lane}
         self._lanes = {lane: LaneThread(lane, self._launch, self._finish, lookahead=lookahead) for lane in Lane}
 
@@ -148,12 +176,22 @@ class TorchExecutor:
         self._backend.forget(batch.ended_request_ids)
         self._lanes[batch.lane].put(batch)
 
-    def poll(self, now_ns: int) -> list[BatchOutput]:  # noqa: ARG002 - what is finished is finished
+    def submit_transfer(self, transfer: TransferOrder, now_ns: int) -> None:  # noqa: ARG002 - copies start at once
+        """See `Executor.submit_transfer`."""
+        if isinstance(transfer, AdapterLoad):
+            if self._loader is None or self._closed:
+                raise RuntimeError("the executor is closed" if self._closed else "there are no slots for adapters")
+            self._loader.submit(transfer)
+            return
+        raise RuntimeError(f"there is no tier but the device: no copy from {transfer.source} to {transfer.destination}")
+
+    def poll(self, now_ns: int) -> list[Completion]:  # noqa: ARG002 - what is finished is finished
         with self._lock:
             outputs = list(self._finished)
             self._finished.clear()
             for output in outputs:
-                self._num_in_flight[output.lane] -= 1
+                if isinstance(output, BatchOutput):
+                    self._num_in_flight[output.lane] -= 1
         return outputs
 
     def next_completion_ns(self) -> int | None:
@@ -180,7 +218,9 @@ class TorchExecutor:
             self._closed = True
         for lane in self._lanes.values():
             lane.close()
-        # Graphs first: they hold on to the slots in which they were captured.
+        if self._loader is not None:
+            self._loader.close()
+        # Graphs and page-locked memory first: they hold on to the slots in which they were captured or used.
         self._runner.close()
         self._device.close()
 
@@ -215,6 +255,10 @@ class TorchExecutor:
         record.finished_ns = self._clock.now_ns()
         record.failed_batch_id = None if error is None else batch.batch_id
         output = BatchOutput(batch.batch_id, batch.lane, started_ns, record.finished_ns, samples, error)
+        self._report(output)
+
+    def _report(self, output: Completion) -> None:
+        """Lets `poll` return an output; called on the thread that has it."""
         with self._lock:
             self._finished.append(output)
             wake = self._wake

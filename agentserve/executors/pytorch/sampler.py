@@ -1,7 +1,7 @@
 """Chooses tokens from logits.
 
 The order of the steps is vLLM's: logit bias, `min_tokens`, repetition penalty, presence and frequency penalties,
-temperature, top-k, top-p, min-p, draw. Log-probabilities are those of the model: before any of these steps.
+grammar, temperature, top-k, top-p, min-p, draw. Log-probabilities are those of the model: before any of these steps.
 
 A draw is a function of the logits of one row, its parameters, and `(seed, output_index)`. Every step works row by row,
 so that it does not matter what else is in the batch.
@@ -13,8 +13,10 @@ behind a fence. So the next step can be launched before the tokens of this one a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -66,10 +68,24 @@ class Sampled:
     logprobs: _Logprobs | None
 
 
-def enqueue(logits: Tensor, specs: Sequence[SampleSpec]) -> Sampled:
+class RowSampler(Protocol):
+    """Draws for all rows at once by kernels of a device: `device_sampler.DeviceSampler`."""
+
+    def __call__(self, logits: Tensor, specs: Sequence[SampleSpec], numbers: Sequence[float]) -> Tensor:
+        """Tokens `[n]` int64 on the device for processed `logits`; `numbers` are what `uniform` gives for the rows."""
+        ...
+
+
+def enqueue(
+    logits: Tensor,
+    specs: Sequence[SampleSpec],
+    row_sampler: RowSampler | None = None,
+    masks: Mapping[int, bytes] = MappingProxyType({}),
+) -> Sampled:
     """Chooses a token for each row of `logits` `[n, vocab_size]` float32, which are overwritten.
 
-    On a device nothing waits for the host, nor the host for the device.
+    On a device nothing waits for the host, nor the host for the device. `row_sampler` draws, where there is one.
+    `masks` has what `core.masks.TokenMasks` says for the rows that are constrained.
     """
     maxima, token_ids = logits.max(dim=-1)
     logprobs = None
@@ -79,7 +95,9 @@ def enqueue(logits: Tensor, specs: Sequence[SampleSpec]) -> Sampled:
         raw = torch.log_softmax(logits[_ids(asked, logits)], dim=-1) if asked else None
         for row, spec in enumerate(specs):
             process_logits(logits[row], spec)
-        token_ids = _choose(logits, specs)
+        for row, mask in masks.items():
+            apply_mask(logits[row], mask)
+        token_ids = _choose(logits, specs, row_sampler)
         if raw is not None:
             logprobs = _gather_logprobs(raw, token_ids, asked, specs)
     return Sampled(token_ids, to_host(token_ids), to_host(maxima), logprobs)
@@ -139,13 +157,24 @@ def process_logits(row: Tensor, spec: SampleSpec) -> None:
         row[seen] -= params.presence_penalty + params.frequency_penalty * counts
 
 
+def apply_mask(row: Tensor, mask: bytes) -> None:
+    """Makes tokens impossible in the logits of one row, `[vocab_size]`, in place; `mask` as in `core.masks`."""
+    bits = np.unpackbits(np.frombuffer(mask, dtype=np.uint8), bitorder="little")[: len(row)]
+    forbidden = np.ones(len(row), dtype=np.bool_)
+    forbidden[: len(bits)] = bits == 0
+    row.masked_fill_(to_device(torch.from_numpy(forbidden), row.device), -math.inf)
+
+
 # ---- the draw ----
 
 
-def _choose(logits: Tensor, specs: Sequence[SampleSpec]) -> Tensor:
+def _choose(logits: Tensor, specs: Sequence[SampleSpec], row_sampler: RowSampler | None) -> Tensor:
     """Tokens `[n]` from processed logits."""
+    is_greedy = all(spec.params.temperature == 0.0 for spec in specs)
+    if row_sampler is not None and not is_greedy:
+        return row_sampler(logits, specs, [uniform(spec.params.seed, spec.output_index) for spec in specs])
     greedy = logits.argmax(dim=-1)
-    if all(spec.params.temperature == 0.0 for spec in specs):
+    if is_greedy:
         return greedy
     if not logits.is_cpu:
         return draw_rows(logits, specs, greedy)
@@ -264,6 +293,7 @@ def _gather_logprobs(raw: Tensor, token_ids: Tensor, asked: Sequence[int], specs
 def _is_plain_greedy(params: SamplingParams) -> bool:
     return (
         params.temperature == 0.0
+        and not params.constrained
         and params.logprobs is None
         and not params.logit_bias
         and not params.min_tokens

@@ -44,6 +44,10 @@ def hold_activations(
         slot = device.slot(lane, units)
         slot.run(_largest(model, device.torch_device, max_num_batched_tokens, num_rows))
     device.synchronize()
+    if device.torch_device.type == "cuda":
+        # cuBLAS has a workspace for each thread and stream. Those of this thread go back to the pools of their streams,
+        # where the threads of the lanes will find them.
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _largest(model: DecoderModel, torch_device: torch.device, num_tokens: int, num_rows: int) -> Callable[[], None]:
@@ -62,14 +66,27 @@ def _largest(model: DecoderModel, torch_device: torch.device, num_tokens: int, n
 def measure_rates(torch_device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Bytes per second of a large copy (read and written bytes), and operations per second of a large matrix product.
 
-    A second or less; where the fit of an unknown GPU starts.
+    A second or less; where the fit of an unknown GPU starts. The memory for it is given back to the device, together
+    with what else torch keeps for later: what loading has left, above all.
     """
-    source = torch.empty(_COPY_BYTES, dtype=torch.int8, device=torch_device)
+    free_bytes, _ = torch.cuda.mem_get_info(torch_device)
+    rates = (
+        _copy_rate(torch_device, min(_COPY_BYTES, free_bytes // 4)),  # two tensors, beside large weights
+        _product_rate(torch_device, dtype),
+    )
+    torch.cuda.empty_cache()
+    return rates
+
+
+def _copy_rate(torch_device: torch.device, num_bytes: int) -> float:
+    source = torch.empty(num_bytes, dtype=torch.int8, device=torch_device)
     target = torch.empty_like(source)
-    copy_s = _seconds(lambda: target.copy_(source))
+    return 2 * num_bytes / _seconds(lambda: target.copy_(source))
+
+
+def _product_rate(torch_device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=torch_device)
-    product_s = _seconds(lambda: a @ a)
-    return 2 * _COPY_BYTES / copy_s, 2 * _MATRIX_SIZE**3 / product_s
+    return 2 * _MATRIX_SIZE**3 / _seconds(lambda: a @ a)
 
 
 def _seconds(work: Callable[[], Tensor]) -> float:
@@ -86,24 +103,27 @@ def _seconds(work: Callable[[], Tensor]) -> float:
     return elapsed_ms / 1e3 / _REPEATS
 
 
-def compile_prefill(executor: Executor, table: PartitionTable, sizes: Sequence[int]) -> None:
+def compile_prefill(executor: Executor, table: PartitionTable, sizes: Sequence[int], *, max_model_len: int) -> None:
     """Runs a prompt of each of these sizes, so that kernels are compiled before the first one comes.
 
-    Compilers make a kernel when it is used first; a prompt that waited for that would wait for seconds. The blocks that
-    are written are free and stay so.
+    Each size once from the beginning and once behind the longest prefix there may be: short chunks behind long prefixes
+    split the context, which is another kernel. Compilers make a kernel when it is used first; a prompt that waited for
+    that would wait for seconds. The blocks that are written are free and stay so.
 
     Raises EngineError if a batch fails.
     """
     capabilities = executor.capabilities()
+    block_size = capabilities.block_size
+    limit = min(max_model_len, capabilities.num_blocks * block_size)
     finished = threading.Event()
     executor.on_completion(finished.set)
-    for number, size in enumerate(sizes):
-        num_tokens = min(size, capabilities.num_blocks * capabilities.block_size)
-        blocks = tuple(range(-(-num_tokens // capabilities.block_size)))
-        chunk = ScheduledChunk(f"warm-up-{number}", WorkClass.COLD_PREFILL, 0, (0,) * num_tokens, blocks, None)
+    chunks = dict.fromkeys((start, min(size, limit)) for size in sizes for start in (0, max(0, limit - size)))
+    for number, (start, num_tokens) in enumerate(chunks):
+        blocks = tuple(range(-(-(start + num_tokens) // block_size)))
+        chunk = ScheduledChunk(f"warm-up-{number}", WorkClass.COLD_PREFILL, start, (0,) * num_tokens, blocks, None)
         executor.submit(Batch(number, Lane.PREFILL, table.whole, False, (chunk,)), 0)
         while not (outputs := executor.poll(0)):
             finished.wait()
             finished.clear()
         if outputs[0].error is not None:
-            raise EngineError(f"a prompt of {num_tokens} tokens cannot be computed: {outputs[0].error}")
+            raise EngineError(f"a chunk of {num_tokens} tokens cannot be computed: {outputs[0].error}")

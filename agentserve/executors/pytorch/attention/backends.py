@@ -10,7 +10,7 @@ from agentserve.executors.pytorch.attention.choice import AttentionChoice
 from agentserve.executors.pytorch.attention.interface import KvBackend
 from agentserve.executors.pytorch.attention.mirror import MirrorBackend
 from agentserve.executors.pytorch.attention.paged import PagedBackend, table_width
-from agentserve.executors.pytorch.attention.paged_batch import WriteRotated
+from agentserve.executors.pytorch.attention.paged_batch import FusedKernels
 from agentserve.executors.pytorch.attention.paged_kernels import AttentionShape, PagedKernels, TorchKernels
 from agentserve.executors.pytorch.devices.interface import Device
 from agentserve.executors.pytorch.kv_store import KvStore
@@ -47,11 +47,11 @@ def make_backend(
     pool = PagedPool(config, device, dtype, num_blocks=num_blocks, block_size=block_size)
     width = table_width(max_model_len, block_size)
     make_kernels = _kernels(choice.name, shape, pool, device, max_num_seqs=max_num_seqs, width=width)
-    write_rotated: WriteRotated | None = None
-    if choice.fuses_rotation:
-        from agentserve.executors.pytorch.attention import rope_writer  # noqa: PLC0415
+    fused: FusedKernels | None = None
+    if choice.is_fused:
+        from agentserve.executors.pytorch.attention.fused import TritonFusedKernels  # noqa: PLC0415
 
-        write_rotated = rope_writer.write_rotated
+        fused = TritonFusedKernels()
     return PagedBackend(
         pool,
         device,
@@ -59,7 +59,7 @@ def make_backend(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         lookahead=lookahead,
-        write_rotated=write_rotated,
+        fused=fused,
     )
 
 

@@ -49,8 +49,8 @@ class AttentionChoice:
 
     name: str
     reason: str
-    fuses_rotation: bool = False
-    """Whether one kernel rotates queries and keys and writes keys and values."""
+    is_fused: bool = False
+    """Whether our kernels do what lies between the matrix products: rotation and writing, norms, activation."""
 
 
 def choose_attention(wanted: str, facts: AttentionFacts) -> AttentionChoice:
@@ -84,13 +84,13 @@ def _best(facts: AttentionFacts) -> AttentionChoice:
 
 
 def _paged_choice(name: str, facts: AttentionFacts, reasons: list[str]) -> AttentionChoice:
-    """With the rotation fused if that is possible beside the attention `name`."""
+    """With the rest of a layer fused if that is possible beside the attention `name`."""
     fuses = False
     if name in {"flashinfer", "triton"}:
         obstacle = _no_triton(facts)
         fuses = obstacle is None
         if obstacle is not None:
-            reasons = [*reasons, f"rotation is not fused: {obstacle}"]
+            reasons = [*reasons, f"layers are not fused: {obstacle}"]
     because = f" ({'; '.join(reasons)})" if reasons else ""
     return AttentionChoice(name, f"{name} attention{because}", fuses)
 

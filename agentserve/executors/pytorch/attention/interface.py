@@ -101,3 +101,7 @@ class KvBackend(Protocol):
     def forget(self, request_ids: Iterable[str]) -> None:
         """Drops what is kept for requests that ended or lost their blocks. Called by the thread that submits."""
         ...
+
+    def close(self) -> None:
+        """Gives page-locked memory back, while the slots that used it are still there; nothing may be in flight."""
+        ...

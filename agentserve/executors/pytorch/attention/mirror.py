@@ -37,6 +37,9 @@ class MirrorBackend:
         """See `KvBackend.forget`."""
         self._store.forget(request_ids)
 
+    def close(self) -> None:
+        """See `KvBackend.close`: nothing is page-locked."""
+
 
 class MirrorBatch:
     """Implements `OpenBatch`; rows are in the order of the chunks."""

@@ -19,10 +19,10 @@ import torch
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.executors.pytorch.attention.inputs import DeviceInputs, HostInputs, InputSizes, Int32s
 from agentserve.executors.pytorch.attention.paged_batch import (
+    FusedKernels,
     FusedPagedAttention,
     PagedAttention,
     PagedBatch,
-    WriteRotated,
 )
 from agentserve.executors.pytorch.attention.paged_kernels import BatchPlan, PagedKernels
 from agentserve.executors.pytorch.devices.graphs import batch_buckets
@@ -45,7 +45,7 @@ class PagedBackend:
         max_num_seqs: int,
         max_model_len: int,
         lookahead: int,
-        write_rotated: WriteRotated | None = None,
+        fused: FusedKernels | None = None,
     ) -> None:
         """Allocates the input buffers.
 
@@ -56,7 +56,7 @@ class PagedBackend:
             max_num_seqs: the most chunks of a batch.
             max_model_len: the most tokens of a request.
             lookahead: the most batches of a lane that are in flight.
-            write_rotated: a kernel; without it the model rotates, and torch writes.
+            fused: kernels; without them the model does with torch what they do.
         """
         self.num_blocks = pool.num_blocks
         self.block_size = pool.block_size
@@ -68,7 +68,7 @@ class PagedBackend:
                 pool,
                 device,
                 make_kernels(),
-                write_rotated,
+                fused,
                 max_num_seqs=max_num_seqs,
                 width=table_width(max_model_len, pool.block_size),
                 lookahead=lookahead,
@@ -106,6 +106,11 @@ class PagedBackend:
     def forget(self, request_ids: Iterable[str]) -> None:
         """See `KvBackend.forget`. The pool is the core's; here are only copies of block tables."""
         self._tables.forget(request_ids)
+
+    def close(self) -> None:
+        """See `KvBackend.close`."""
+        for state in self._lanes.values():
+            state.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +160,7 @@ class _LaneState:
         pool: PagedPool,
         device: Device,
         kernels: PagedKernels,
-        write_rotated: WriteRotated | None,
+        fused: FusedKernels | None,
         *,
         max_num_seqs: int,
         width: int,
@@ -164,7 +169,7 @@ class _LaneState:
         self._pool = pool
         self._torch_device = device.torch_device
         self.kernels = kernels
-        self._write_rotated = write_rotated
+        self._fused = fused
         self._width = width
         self._buckets = batch_buckets(max_num_seqs)
         num_bytes = self._decode_sizes(self._buckets[-1]).num_bytes
@@ -203,6 +208,10 @@ class _LaneState:
         host = HostInputs(host_buffer, self._decode_sizes(bucket))
         return self._make_ready(host, self._static_inputs(bucket), sequences, bucket, units)
 
+    def close(self) -> None:
+        """Gives the host buffers back."""
+        self._host_buffers.clear()
+
     def static_batch(self, bucket: int) -> PagedBatch:
         """A decode step in the lane's buffers."""
         inputs = self._static_inputs(bucket)
@@ -211,9 +220,9 @@ class _LaneState:
         )
 
     def _attention(self, inputs: DeviceInputs, num_singles: int) -> PagedAttention:
-        if self._write_rotated is None:
+        if self._fused is None:
             return PagedAttention(self._pool, self.kernels, inputs, num_singles)
-        return FusedPagedAttention(self._pool, self.kernels, inputs, num_singles, write_rotated=self._write_rotated)
+        return FusedPagedAttention(self._pool, self.kernels, inputs, num_singles, fused=self._fused)
 
     def _static_inputs(self, bucket: int) -> DeviceInputs:
         inputs = self._device_inputs.get(bucket)

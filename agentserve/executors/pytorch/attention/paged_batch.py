@@ -11,13 +11,13 @@ from torch import Tensor
 from agentserve.executors.pytorch.attention.inputs import DeviceInputs
 from agentserve.executors.pytorch.attention.paged_kernels import ChunkRows, PagedKernels, Pages, SingleRows
 from agentserve.executors.pytorch.paged_pool import PagedPool
-from agentserve.models.interface import HeadNormWeights, ProjectedAttention, RotaryTables
+from agentserve.models.interface import FusedOperations, HeadNormWeights, ProjectedAttention, RotaryTables
 
 
-class WriteRotated(Protocol):
-    """Norms and rotates queries and keys, and writes keys and values into their pages, in one kernel."""
+class FusedKernels(FusedOperations, Protocol):
+    """The operations between the matrix products, and the one that knows pages."""
 
-    def __call__(
+    def write_rotated(
         self,
         projected: Tensor,
         rotary: RotaryTables,
@@ -27,7 +27,10 @@ class WriteRotated(Protocol):
         slots: Tensor,
         query: Tensor,
     ) -> None:
-        """For the first three see `ProjectedAttention`; `query` `[num_tokens, num_heads, head_dim]` is filled."""
+        """Norms and rotates queries and keys, and writes keys and values into their pages, in one kernel.
+
+        For the first three see `ProjectedAttention`; `query` `[num_tokens, num_heads, head_dim]` is filled.
+        """
         ...
 
 
@@ -71,7 +74,7 @@ class PagedAttention:
 
 
 class FusedPagedAttention(PagedAttention, ProjectedAttention):
-    """A `PagedAttention` that rotates and writes in one kernel."""
+    """A `PagedAttention` that rotates and writes in one kernel, and brings the others along."""
 
     def __init__(
         self,
@@ -80,10 +83,10 @@ class FusedPagedAttention(PagedAttention, ProjectedAttention):
         inputs: DeviceInputs,
         num_singles: int,
         *,
-        write_rotated: WriteRotated,
+        fused: FusedKernels,
     ) -> None:
         super().__init__(pool, kernels, inputs, num_singles)
-        self._write_rotated = write_rotated
+        self.operations = self._fused = fused
 
     def attend_projected(
         self, layer: int, projected: Tensor, rotary: RotaryTables, head_norm: HeadNormWeights | None
@@ -92,7 +95,7 @@ class FusedPagedAttention(PagedAttention, ProjectedAttention):
         pages = self._pages[layer]
         _, num_kv_heads, _, head_dim = pages[0].shape
         query = projected.new_empty((projected.shape[0], projected.shape[1] // head_dim - 2 * num_kv_heads, head_dim))
-        self._write_rotated(projected, rotary, head_norm, pages=pages, slots=self._slots, query=query)
+        self._fused.write_rotated(projected, rotary, head_norm, pages=pages, slots=self._slots, query=query)
         return self._attend(query, pages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -12,6 +13,8 @@ from agentserve.executors.pytorch.devices.cuda_driver import CudaDriver, load_dr
 from agentserve.executors.pytorch.devices.green_plan import DeviceFacts
 
 _cuda: Any = torch.cuda  # most of it has no types
+_MOST_HARDWARE_QUEUES = "32"
+"""Programming guide, environment variables: 1 to 32, of which 8 are made unless more are asked for."""
 
 
 class CudaRuntime(Protocol):
@@ -58,8 +61,18 @@ class CudaRuntime(Protocol):
         ...
 
 
+def ask_for_hardware_queues() -> None:
+    """Asks the driver for as many hardware queues as there can be, unless somebody has chosen a number.
+
+    Streams share queues where there are fewer of them, and then wait for each other without need. Read by the driver
+    when a device is first used, so this comes before anything else.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", _MOST_HARDWARE_QUEUES)
+
+
 def cuda_obstacle(index: int = 0) -> str | None:
-    """Why torch has no such GPU here, as half a sentence; None if it has one."""
+    """Why torch has no such GPU here, as half a sentence; None if it has one. May be the first to touch the GPU."""
+    ask_for_hardware_queues()
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not torch.cuda.is_available():

@@ -12,10 +12,12 @@ What has no graph runs as it is, with the same result.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,18 +84,34 @@ class TorchGraphRuntime:
 
     def capture(self, stream: Any, pool: Any, work: Callable[[], None]) -> Any:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _no_garbage_collection():
             # thread_local: the other lane goes on meanwhile, and what it calls is none of this capture's business.
             # torch.cuda.graph would also stop the device, collect garbage and empty the allocator's cache.
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # The stream must not go on capturing. That the capture is broken is known; why is what is raised.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
     def free_bytes(self) -> int:
         return int(torch.cuda.mem_get_info(self._index)[0])
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Memory or events that were freed in the middle of a capture could become part of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +163,7 @@ class DecodeGraphs:
         self._pools: dict[tuple[Lane, int], Any] = {}
         self._num_uses: dict[tuple[Lane, int, int], int] = {}
         self._memory_bytes = self._capture_ns = self._num_replays = self._num_eager = 0
+        self._has_failed = False
 
     def prepare(self, slot: CudaSlot, buckets: Iterable[int]) -> None:
         """Captures graphs at start-up, the largest first, so that the smaller ones find the memory they need.
@@ -171,7 +190,7 @@ class DecodeGraphs:
         if key not in self._graphs:
             self._num_uses[key] = self._num_uses.get(key, 0) + 1
             if self._num_uses[key] >= _CAPTURE_AT and not self._is_full():
-                self._capture(slot, bucket)
+                self._try_capture(slot, bucket)
         graph = self._graphs.get(key)
         if graph is None:
             self._num_eager += 1
@@ -199,7 +218,15 @@ class DecodeGraphs:
         self._pools.clear()
 
     def _is_full(self) -> bool:
-        return len(self._graphs) >= self._max_graphs or self._memory_bytes >= self._max_bytes
+        return self._has_failed or len(self._graphs) >= self._max_graphs or self._memory_bytes >= self._max_bytes
+
+    def _try_capture(self, slot: CudaSlot, bucket: int) -> None:
+        """Without memory for a graph the step runs without one: nobody's request fails for it."""
+        try:
+            self._capture(slot, bucket)
+        except torch.OutOfMemoryError as error:
+            self._has_failed = True
+            logger.warning("no more CUDA graphs, there is no memory for them: %s", error)
 
     def _capture(self, slot: CudaSlot, bucket: int) -> None:
         place = (slot.lane, slot.units)

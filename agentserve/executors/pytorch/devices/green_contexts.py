@@ -242,18 +242,19 @@ class GreenContextPool:
         started_ns = time.perf_counter_ns()
         device = driver.call("cuDeviceGet", ordinal)
         with ExitStack() as undo:
-            primary = driver.call("cuDevicePrimaryCtxRetain", device)
+            self._primary = driver.call("cuDevicePrimaryCtxRetain", device)
             undo.callback(driver.call, "cuDevicePrimaryCtxRelease", device)
-            with _current(driver, primary):
+            with _current(driver, self._primary), ExitStack() as made:
                 free_bytes, _ = driver.call("cuMemGetInfo")
                 lowest, highest = driver.call("cuCtxGetStreamPriorityRange")
                 for spec, resources in self._resources(device, facts):
                     context = GreenContext(driver, device, resources, highest if spec.lane is Lane.DECODE else lowest)
-                    undo.callback(context.close)
+                    made.callback(context.close)
                     self._contexts[spec.lane, spec.units] = context
                     _check(spec, context)
                 free_after_bytes, _ = driver.call("cuMemGetInfo")
-            self._close = undo.pop_all()
+                self._made = made.pop_all()
+            self._release = undo.pop_all()
         self.memory_bytes = int(free_bytes) - int(free_after_bytes)
         """Device memory that the contexts took; other processes that allocated meanwhile count, too."""
         self.creation_ns = time.perf_counter_ns() - started_ns
@@ -273,9 +274,20 @@ class GreenContextPool:
 
         Raises CudaDriverError, the last one, if the driver refused anything.
         """
+        if not self._contexts:
+            return
         self._contexts.clear()
-        close, self._close = self._close, ExitStack()
-        close.close()
+        with self._release:
+            # Whoever closes may be a thread that has never used the GPU, and has no current context.
+            try:
+                self._driver.call("cuCtxPushCurrent", self._primary)
+            except CudaDriverError:
+                self._made.close()
+                raise
+            try:
+                self._made.close()
+            finally:
+                self._driver.call("cuCtxPopCurrent")
 
     def _resources(self, device: Any, facts: DeviceFacts) -> Iterator[tuple[SlotSpec, list[Any]]]:
         """What each slot is made of."""

@@ -96,7 +96,10 @@ class Device(Protocol):
         ...
 
     def host_empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory of the host, not initialized, from and to which the device copies asynchronously if it can."""
+        """Memory of the host, not initialized, from and to which the device copies asynchronously if it can.
+
+        To be given back before `close`: what frees it looks at the slots that it was used in.
+        """
         ...
 
     def synchronize(self) -> None:
