@@ -19,8 +19,20 @@ SCHEDULERS = ("lanes", "chunked", "prefill-first", "fcfs")
 CONTROLLERS = ("predictive", "reactive", "static")
 SLOTS = ("auto", "cap", "stream", "off")
 OBJECTIVES = ("power", "rate")
+TOOL_CALL_PARSERS = (
+    "auto", "none", "hermes", "qwen3_coder", "llama3_json", "llama_pythonic", "mistral", "mistral_array",
+)  # fmt: skip
+REASONING_PARSERS = ("auto", "none", "think", "mistral")
 ATTENTION_BACKENDS = ("mirror", "flashinfer", "triton", "torch")
 PREFILL_ORDERS = ("shortest", "fcfs")
+RETENTION_POLICIES = ("lru", "evict_always", "ttl", "continuum", "min_waste", "lfu_decay", "belady")
+"""What stays in the cache; adr/0015 and `agentserve.core.agents.policies` say what each one does."""
+ORDER_POLICIES = ("default", "fcfs", "program_fcfs", "plas", "fair_share", "srpt")
+"""Which call goes first. `default`: admission by arrival, and prompts by `prefill_order`."""
+ORACLES = ("belady", "srpt")
+"""Policies that know the future: in the simulator only."""
+TIERS = ("host", "cxl", "disk")
+WRITE_BACKS = ("incremental", "on_evict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +86,118 @@ class ControlConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TierConfig:
+    """A place for KV blocks under the device pool, and the link to it. Raises ConfigError for what cannot be."""
+
+    name: str
+    """One of `TIERS`."""
+    num_blocks: int
+    read_bytes_per_s: float
+    """Towards the device."""
+    write_bytes_per_s: float
+    """From the device or the tier above."""
+    latency_ns: int = 0
+    """Of each transfer."""
+
+    def __post_init__(self) -> None:
+        if self.name not in TIERS:
+            raise ConfigError(f"a tier must be one of {', '.join(TIERS)}, not {self.name!r}")
+        if self.num_blocks < 1:
+            raise ConfigError(f"the {self.name} tier holds {self.num_blocks} KV blocks; it needs room for one at least")
+        if not (0.0 < self.read_bytes_per_s < float("inf") and 0.0 < self.write_bytes_per_s < float("inf")):
+            raise ConfigError(f"the link of the {self.name} tier needs a positive bandwidth each way")
+        if self.latency_ns < 0:
+            raise ConfigError(f"the latency of the {self.name} tier must not be negative")
+
+    def duration_ns(self, num_bytes: int, *, reads: bool) -> int:
+        """How long one transfer takes alone on the link."""
+        bandwidth = self.read_bytes_per_s if reads else self.write_bytes_per_s
+        return self.latency_ns + round(num_bytes * 1e9 / bandwidth)
+
+
+@dataclass(frozen=True, slots=True)
+class TieringConfig:
+    """The tiers under the device pool, the nearest one first. Raises ConfigError for what cannot work."""
+
+    block_bytes: int
+    """KV of one block, over all layers."""
+    tiers: tuple[TierConfig, ...]
+    write_back: str = "incremental"
+    """`incremental`: cached blocks are copied down while they stay on the device, so that evicting them is free later.
+    `on_evict`: only when they have to leave. Whoever needs the place of a block that is not copied yet waits for it."""
+    max_transfer_blocks: int = 64
+    """Blocks in one transfer at most: how soon an urgent load can go before others."""
+
+    def __post_init__(self) -> None:
+        names = [tier.name for tier in self.tiers]
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(f"KV tiers must be named, each once, not: {', '.join(names) or 'nothing'}")
+        if self.write_back not in WRITE_BACKS:
+            raise ConfigError(f"write_back must be one of {', '.join(WRITE_BACKS)}, not {self.write_back!r}")
+        if self.block_bytes < 1 or self.max_transfer_blocks < 1:
+            raise ConfigError("block_bytes and max_transfer_blocks must be at least 1")
+
+    def load_ns(self, tier: int, num_blocks: int) -> int:
+        """How long it takes to load so many blocks from a tier (by index), one transfer after the other."""
+        config = self.tiers[tier]
+        num_transfers = -(-num_blocks // self.max_transfer_blocks)
+        return num_transfers * config.latency_ns + round(num_blocks * self.block_bytes * 1e9 / config.read_bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A LoRA adapter that requests may name. Raises ConfigError for what cannot be."""
+
+    name: str
+    num_bytes: int
+    """To be copied when it is loaded."""
+    num_parts: int = 1
+    """Pieces in which it can be copied, about equally large: layers."""
+    fingerprint: str = ""
+    """Differs between adapters of the same name at different times."""
+
+    def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable() or self.name != self.name.strip() or "," in self.name:
+            raise ConfigError(
+                f"an adapter cannot have the name {self.name!r}: printable characters, no comma, no blank at the ends"
+            )
+        if self.num_bytes < 1 or self.num_parts < 1:
+            raise ConfigError(f"the adapter {self.name} has {self.num_bytes} bytes in {self.num_parts} parts")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraConfig:
+    """The adapters that are known, how many may be on the device, and the link on which they come there.
+
+    Raises ConfigError for what cannot work.
+    """
+
+    adapters: tuple[AdapterConfig, ...]
+    max_resident: int = 8
+    """Slots on the device, one adapter each. Requests that run at once use at most so many adapters."""
+    read_bytes_per_s: float = 25e9
+    """Towards the device. What a simulation takes; a real device needs what it needs."""
+    latency_ns: int = 10_000
+    """Of each copy."""
+    max_load_bytes: int = 16 << 20
+    """One copy moves so many bytes at most, but at least one part: how soon an urgent load can go before others."""
+
+    def __post_init__(self) -> None:
+        names = [adapter.name for adapter in self.adapters]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if not names or twice:
+            raise ConfigError(f"each adapter needs a name of its own: {', '.join(twice) or 'there is none'}")
+        if self.max_resident < 1 or self.max_load_bytes < 1:
+            raise ConfigError("max_resident and max_load_bytes must be at least 1")
+        if not 0.0 < self.read_bytes_per_s < float("inf") or self.latency_ns < 0:
+            raise ConfigError("the link of the adapters needs a positive bandwidth and no negative latency")
+
+    def duration_ns(self, num_bytes: int) -> int:
+        """How long one copy takes alone on the link: latency, and bytes over bandwidth."""
+        return self.latency_ns + round(num_bytes * 1e9 / self.read_bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Constants of the control plane. Raises ConfigError for what cannot work."""
 
@@ -101,9 +225,26 @@ class EngineConfig:
     decode_lookahead: int = 1
     """Batches of the decode lane in flight: with 2 the next one is made before the tokens of this one are known."""
     control: ControlConfig = ControlConfig()
+    policy: str = "lru"
+    """Which cached blocks are kept; one of `RETENTION_POLICIES`."""
+    order: str = "default"
+    """Which call goes first within its priority; one of `ORDER_POLICIES`."""
+    protect_anchors: bool | None = None
+    """Whether what several sessions use is kept longer than what one of them uses. None: unless the policy is lru."""
+    pin_share: float = 0.8
+    """Share of the blocks that pins may keep from others."""
+    tiering: TieringConfig | None = None
+    """Where KV blocks go that leave the device; None: nowhere."""
+    lora: LoraConfig | None = None
+    """Adapters that requests may name; None: none."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("scheduler", SCHEDULERS), ("prefill_order", PREFILL_ORDERS)):
+        for name, allowed in (
+            ("scheduler", SCHEDULERS),
+            ("prefill_order", PREFILL_ORDERS),
+            ("policy", RETENTION_POLICIES),
+            ("order", ORDER_POLICIES),
+        ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in (
@@ -119,6 +260,12 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.policy == "continuum" and self.order != "default":
+            raise ConfigError(f"continuum has an order of its own; with --order {self.order}, use --policy ttl")
+        if not 0.0 < self.pin_share <= 1.0:
+            raise ConfigError(f"pin_share must be above 0 and at most 1, not {self.pin_share}")
+        if self.tiering is not None and not self.enable_prefix_caching:
+            raise ConfigError("KV tiers keep cached prefixes: they need prefix caching")
         if self.decode_lookahead not in {1, 2}:
             raise ConfigError(f"decode_lookahead must be 1 or 2, not {self.decode_lookahead}")
         if self.max_model_len < 2:
@@ -131,6 +278,21 @@ class EngineConfig:
                 f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than the window of "
                 f"{self.max_model_len}; give it more memory or choose a smaller --max-model-len"
             )
+
+    @property
+    def protects_anchors(self) -> bool:
+        """Whether what several sessions use is kept longer than what one of them uses."""
+        return self.policy != "lru" if self.protect_anchors is None else self.protect_anchors
+
+    @property
+    def reads_shortest_first(self) -> bool:
+        """Whether prompts are read by their length: an order policy decides about that, too."""
+        return self.prefill_order == "shortest" and self.order == "default" and self.policy != "continuum"
+
+    @property
+    def needs_foresight(self) -> bool:
+        """Whether a policy wants to know the future."""
+        return self.policy in ORACLES or self.order in ORACLES
 
 
 # ---- parsers of values ----
@@ -167,6 +329,10 @@ def positive_float(text: str) -> float:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    return 0.0 if text.strip() in {"0", "0.0"} else positive_float(text)
+
+
 def share(text: str) -> float:
     value = positive_float(text)
     if value >= 1.0:
@@ -188,6 +354,13 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(part for part in (piece.strip() for piece in text.split(",")) if part)
 
 
+def patterns(text: str) -> tuple[str, ...]:
+    """A list separated by line breaks: a regular expression may have commas."""
+    return tuple(line for line in text.split("\n") if line)
+
+
+_SEPARATORS: Mapping[Callable[[str], Any], str] = {names: ",", patterns: "\n"}
+"""Of the values of options that may be repeated, by their parser."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -211,6 +384,21 @@ def choice(*allowed: str) -> Callable[[str], str]:
     return parse
 
 
+def _servable(policies: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in policies if name not in ORACLES)
+
+
+def servable(policies: tuple[str, ...]) -> Callable[[str], str]:
+    """One of `policies`, but no oracle: outside the simulator nobody knows the future."""
+
+    def parse(text: str) -> str:
+        if text in policies and text in ORACLES:
+            raise ConfigError(f"{text} knows the future: only `agentserve simulate` can run it")
+        return choice(*_servable(policies))(text)
+
+    return parse
+
+
 def _int(text: str) -> int:
     try:
         return int(text)
@@ -229,7 +417,7 @@ def _option(
         "help": help_text,
         "flags": flags,
         "section": section,
-        "repeatable": parse is names,
+        "separator": _SEPARATORS.get(parse),
     }
     return field(default=default, metadata=metadata)
 
@@ -248,9 +436,31 @@ class ServeConfig:
     )
     served_model_name: str | None = _option(None, str, "model name in the API", section="model")
     alias: tuple[str, ...] = _option((), names, "further model names, separated by commas", section="model")
-    accept_any_model: bool = _option(
-        False, boolean, "answer requests for any model name with the served model", section="model"
+    accept_any_model: bool | None = _option(
+        None, boolean, "answer requests for any model name with the served model; default on loopback, but not with "
+        "adapters",
+        section="model",
+    )  # fmt: skip
+    claude_alias: bool = _option(
+        True, boolean, "every model name that starts with claude means the served model", section="model"
     )
+    tool_call_parser: str = _option(
+        "auto", choice(*TOOL_CALL_PARSERS), "how the model writes tool calls; auto: what its chat template shows",
+        section="model",
+    )  # fmt: skip
+    reasoning_parser: str = _option(
+        "auto", choice(*REASONING_PARSERS), "how the model marks its thinking; auto: what its chat template shows",
+        section="model",
+    )  # fmt: skip
+    lora: tuple[str, ...] = _option(
+        (), names, "LoRA adapter as NAME=DIRECTORY, in the format of PEFT; its name is a model name in the API",
+        section="model",
+    )  # fmt: skip
+    lora_dir: str | None = _option(
+        None, str, "directory of LoRA adapters: each directory in it is one, by its name", section="model"
+    )
+    max_loras: int = _option(8, positive_int, "LoRA adapters that are on the device at once", section="model")
+    max_lora_rank: int = _option(16, positive_int, "largest rank of a LoRA adapter", section="model")
     max_model_len: int | None = _option(
         None, positive_int, "window in tokens, prompt and output together", flags=("-c", "--ctx-size"),
         section="model",
@@ -266,6 +476,9 @@ class ServeConfig:
         "auto", choice("auto", *ATTENTION_BACKENDS), "what computes attention; auto: the fastest that runs here",
         section="device",
     )  # fmt: skip
+    script: str | None = _option(
+        None, str, "simulated executor: answer with the lines of this JSONL file, to test clients", section="device"
+    )
     gpu: str = _option("rtx-5090", str, "GPU whose timing the simulated executor has", section="device")
     profile: str | None = _option(
         None, str, "profile of the device, written by `agentserve profile`; without it a real device is measured "
@@ -279,6 +492,10 @@ class ServeConfig:
     sse_ping_interval: float = _option(
         5.0, positive_float, "seconds of silence after which a stream gets a keep-alive", section="network"
     )
+    write_timeout: float = _option(
+        300.0, positive_float, "seconds that a client may read nothing of its answer before it is cut off",
+        section="network",
+    )  # fmt: skip
     drain_timeout: float = _option(
         30.0, positive_float, "seconds that running requests get at shutdown", section="network"
     )
@@ -343,6 +560,33 @@ class ServeConfig:
         None, size_bytes, "memory for the KV cache, such as 2GiB; the CPU may use as much again", section="cache"
     )
     prefix_caching: bool = _option(True, boolean, "reuse the KV of shared prefixes", section="cache")
+    kv_offloading_size: float = _option(
+        0.0, non_negative_float, "GiB of host memory for KV blocks that leave the device; 0: none", section="cache"
+    )
+    kv_write_back: str = _option(
+        "incremental", choice(*WRITE_BACKS), "when blocks are copied to the host: incremental, before they have to "
+        "leave the device, or on_evict", section="cache",
+    )  # fmt: skip
+    policy: str = _option(
+        "lru", servable(RETENTION_POLICIES), "what stays in the cache: " + ", ".join(_servable(RETENTION_POLICIES)),
+        section="cache",
+    )  # fmt: skip
+    protect_anchors: bool | None = _option(
+        None, boolean, "keep what several sessions use longer; default for all policies but lru", section="cache"
+    )
+    order: str = _option(
+        "default", servable(ORDER_POLICIES), "which call goes first: " + ", ".join(_servable(ORDER_POLICIES)),
+        section="scheduler",
+    )  # fmt: skip
+    token_history: bool = _option(
+        True, boolean, "read answers again with the token ids that were generated, so that no prefix breaks there",
+        section="cache",
+    )  # fmt: skip
+    token_history_size: int = _option(64 << 20, size_bytes, "memory for the token ids of answers", section="cache")
+    stabilize: tuple[str, ...] = _option(
+        (), patterns, "freeze what this regular expression matches in system prompts and descriptions of tools to its "
+        "first value in the session", section="cache",
+    )  # fmt: skip
     seed: int = _option(0, non_negative_int, "seed of dummy weights", section="model")
     record: str | None = _option(None, str, "write the input log of the control plane to FILE", section="logging")
     log_level: str = _option("info", choice("debug", "info", "warning", "error"), "how much to log", section="logging")
@@ -410,7 +654,8 @@ def _flatten(file: Mapping[str, Any], options: Mapping[str, dataclasses.Field[An
             if name not in options or options[name].metadata["section"] != section:
                 raise ConfigError(f"{file_name}: [{section}] has no option {key!r}")
             if isinstance(value, list):
-                flat[name] = ",".join(str(item) for item in value)
+                separator = options[name].metadata["separator"] or ","
+                flat[name] = separator.join(str(item) for item in value)
             elif isinstance(value, bool):
                 flat[name] = "true" if value else "false"
             elif isinstance(value, (str, int, float)):

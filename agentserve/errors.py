@@ -10,7 +10,8 @@
     ├── WorkloadError                   a workload or a file of programs that cannot be run
     ├── RequestError                    one request is refused; the daemon is unharmed
     │   ├── InvalidRequestError
-    │   │   └── ContextLengthExceededError
+    │   │   ├── ContextLengthExceededError
+    │   │   └── InvalidGrammarError
     │   ├── ModelNotFoundError
     │   ├── AuthenticationError
     │   ├── ForbiddenHostError
@@ -87,6 +88,10 @@ class ContextLengthExceededError(InvalidRequestError):
         )
         self.num_tokens = num_tokens
         self.max_model_len = max_model_len
+
+
+class InvalidGrammarError(InvalidRequestError):
+    """A schema, a pattern or a grammar is malformed, contradicts itself, or uses what is not supported."""
 
 
 class ModelNotFoundError(RequestError):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from agentserve import __version__
-from agentserve.cli import doctor, profile, replay, serve, simulate
+from agentserve.cli import doctor, env, profile, replay, serve, simulate
 from agentserve.errors import AgentServeError
 
 
@@ -43,4 +43,5 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_parser(verbs)
     simulate.add_parser(verbs)
     doctor.add_parser(verbs)
+    env.add_parser(verbs)
     return parser

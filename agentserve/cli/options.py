@@ -36,8 +36,8 @@ def add_options(parser: argparse.ArgumentParser, only: Collection[str] | None = 
             group.add_argument(
                 "--no-" + flag[2:], dest=option.name, action="store_const", const="false", help=argparse.SUPPRESS
             )
-        elif option.metadata["repeatable"]:
-            group.add_argument(flag, action="append", help=help_text, metavar="NAME")
+        elif option.metadata["separator"] is not None:
+            group.add_argument(flag, action="append", help=help_text, metavar="X")
         else:
             group.add_argument(flag, *option.metadata["flags"], dest=option.name, help=help_text, metavar="X")
 
@@ -48,7 +48,8 @@ def resolve_options(arguments: argparse.Namespace, env: Mapping[str, str]) -> Re
     for option in dataclasses.fields(ServeConfig):
         value = getattr(arguments, option.name, None)
         if value is not None:
-            cli[option.name] = ",".join(value) if isinstance(value, list) else value
+            separator = option.metadata["separator"] or ","
+            cli[option.name] = separator.join(value) if isinstance(value, list) else value
     if arguments.model_argument is not None:
         if "model" in cli and cli["model"] != arguments.model_argument:
             raise ConfigError(f"two models: {arguments.model_argument!r} and --model {cli['model']!r}")

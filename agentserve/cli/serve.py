@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         asyncio.run(_serve(engine, resolved))
     finally:
-        engine.driver.stop()
+        engine.stop()
     return 0
 
 
@@ -65,8 +65,13 @@ def check_address(config: ServeConfig) -> None:
 
 
 def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
+    from agentserve.server.security import is_loopback
     from agentserve.server.state import ServerOptions
 
+    lora = engine.engine_config.lora
+    adapters = () if lora is None else tuple(adapter.name for adapter in lora.adapters)
+    # With adapters a wrong name would be answered by the wrong model.
+    accepts_any = is_loopback(config.host) and not adapters
     return ServerOptions(
         model_name=engine.model_name,
         executor=engine.capabilities.name,
@@ -79,9 +84,13 @@ def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
         api_key=config.api_key,
         insecure=config.insecure,
         aliases=config.alias,
-        accept_any_model=config.accept_any_model,
+        adapters=adapters,
+        accept_any_model=accepts_any if config.accept_any_model is None else config.accept_any_model,
+        claude_alias=config.claude_alias,
+        max_num_seqs=config.max_num_seqs,
         max_body_bytes=config.max_body_size,
         sse_ping_interval_s=config.sse_ping_interval,
+        write_timeout_s=config.write_timeout,
         drain_timeout_s=config.drain_timeout,
         train_context=engine.model_config.max_position_embeddings,
         num_parameters=engine.model_config.num_parameters,
@@ -89,16 +98,26 @@ def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
 
 
 async def _serve(engine: Engine, resolved: Resolved) -> None:
+    from agentserve.server.answer_format import AnswerSupport
     from agentserve.server.app import run_server
+    from agentserve.server.caching import CacheOptions
     from agentserve.server.state import ServerState
 
+    config = resolved.config
     engine.bridge.bind(engine.client, asyncio.get_running_loop())
     engine.driver.start()
     state = ServerState.create(
-        server_options(engine, resolved.config),
+        server_options(engine, config),
         engine.client,
         engine.tokenizer,
         engine.chat_template,
+        support=AnswerSupport(engine.output_format, engine.grammars),
+        cache=CacheOptions(
+            block_size=engine.engine_config.block_size,
+            has_prefix_cache=config.prefix_caching,
+            token_history_bytes=config.token_history_size if config.token_history else 0,
+            stabilize=config.stabilize,
+        ),
         engine_failure=lambda: engine.driver.failure,
     )
     await run_server(state, on_ready=lambda host, port: _print_banner(engine, host, port))
@@ -113,6 +132,8 @@ def _print_banner(engine: Engine, host: str, port: int) -> None:
         f"executor   {capabilities.name}: {capabilities.device}",
         f"KV cache   {config.num_blocks * config.block_size} tokens in blocks of {config.block_size}",
     ]
+    if config.lora is not None:
+        lines.append(f"adapters   {len(config.lora.adapters)}, of which {config.lora.max_resident} fit the device")
     title = "agentserve"
     if capabilities.simulated:
         title = "SIMULATED: tokens and timing are made up, no model runs"

@@ -111,7 +111,7 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
 
 def _report(plans: Sequence[Plan], results: Sequence[Result], names: Sequence[str]) -> str:
     """The table, and for a recording the comparison, as text of a fixed width."""
-    from agentserve.sim.report import comparison, table
+    from agentserve.sim.report import comparison, refusals, table
 
     console = Console(width=_TABLE_WIDTH, color_system=None, highlight=False, markup=False, force_terminal=False)
     with console.capture() as capture:
@@ -121,6 +121,8 @@ def _report(plans: Sequence[Plan], results: Sequence[Result], names: Sequence[st
             console.print(line)
         console.print()
         console.print(table(results, names))
+        for line in refusals(results, names):
+            console.print(line)
         for result in results:
             if result["recorded"] is not None:
                 label = ", ".join(f"{flag(name)[2:]} {result['parameters'][name]}" for name in names)
@@ -130,7 +132,7 @@ def _report(plans: Sequence[Plan], results: Sequence[Result], names: Sequence[st
 
 
 def _write(results: Sequence[Result], names: Sequence[str], text: str, out: Path, console: Console) -> None:
-    from agentserve.sim.report import without_series
+    from agentserve.sim.report import is_comparable, without_series
 
     collected = json.dumps({"varying": list(names), "results": [without_series(r) for r in results]}, indent=1)
     from agentserve.sim.sweep import replace_file
@@ -143,7 +145,9 @@ def _write(results: Sequence[Result], names: Sequence[str], text: str, out: Path
     from agentserve.sim.plots import draw_all
 
     try:
-        draw_all(results, names, out)
+        shown = [result for result in results if is_comparable(result, names)]
+        if shown:
+            draw_all(shown, names, out)
     except OSError as error:
         raise ConfigError(f"cannot write pictures to {out}: {error.strerror}") from None
     console.print(f"written: {out}")

@@ -54,6 +54,8 @@ class ScheduledChunk:
     block_ids: tuple[int, ...]
     sample: SampleSpec | None
     """None: no token is sampled (the prompt is not done yet)."""
+    adapter_slot: int | None = None
+    """The resident slot of the LoRA adapter to compute it with; None: without one."""
 
     @property
     def num_tokens(self) -> int:

@@ -81,7 +81,7 @@ _DELAY = 1.0
 class _Rates:
     """Nanoseconds for units of work on a number of compute units, and how many of these attention effectively has."""
 
-    __slots__ = ("head", "head_row", "key", "kv_token", "row", "units", "weights")
+    __slots__ = ("dense", "head", "head_row", "key", "kv_token", "row", "units", "weights")
 
     def __init__(self, device: DeviceProfile, model: ModelShape, units: int) -> None:
         memory, compute = device.memory_factor(units), device.compute_factor(units)
@@ -96,6 +96,8 @@ class _Rates:
         # A single tile takes as long on many units as on few; the fewer there are, the more waves.
         self.key = tile_flops * device.compute_units / device.attention_flops_per_s * 1e9
         self.units = device.compute_units / compute
+        self.dense: dict[tuple[int, int], float] = {}
+        """By tokens and samples: all but attention. Kept, since few numbers come up, and these all the time."""
 
 
 class CostModel:
@@ -127,15 +129,14 @@ class CostModel:
         rates = self._rates.get(units)
         if rates is None:
             rates = self._rates[units] = _Rates(self.device, self.model, units)
-        num_tokens, num_samples = shape.num_decodes + shape.num_prefill_tokens, shape.num_samples
-        slowdown = self.device.streaming_slowdown
-        duration = max(rates.weights * (1.0 + slowdown * num_tokens), rates.row * self._rows_of(num_tokens))
-        if num_samples:
-            duration += max(rates.head * (1.0 + slowdown * num_samples), rates.head_row * self._rows_of(num_samples))
-            duration += self.device.sample_overhead_ns * num_samples
-        if not shape.num_prefill_tokens:
-            duration += self._decode_attention(shape, rates)
-        elif self.device.fused_attention or not shape.num_decodes:
+        num_prefill_tokens = shape.num_prefill_tokens
+        key = (shape.num_decodes + num_prefill_tokens, shape.num_samples)
+        duration = rates.dense.get(key)
+        if duration is None:
+            duration = rates.dense[key] = self._dense(rates, *key)
+        if not num_prefill_tokens:
+            return duration + (rates.kv_token * shape.num_decode_context + self._sequence_ns * shape.num_decodes)
+        if self.device.fused_attention or not shape.num_decodes:
             duration += self._tiled_attention(shape, rates, shape.num_decodes)
         else:
             duration += self._decode_attention(shape, rates) + self._tiled_attention(shape, rates, 0)
@@ -166,6 +167,15 @@ class CostModel:
         if rows is None:
             rows = self._rows[num_tokens] = self.device.rows_of(num_tokens)
         return rows
+
+    def _dense(self, rates: _Rates, num_tokens: int, num_samples: int) -> float:
+        """Nanoseconds of the matrix products with the weights, and of sampling."""
+        slowdown = self.device.streaming_slowdown
+        duration = max(rates.weights * (1.0 + slowdown * num_tokens), rates.row * self._rows_of(num_tokens))
+        if num_samples:
+            duration += max(rates.head * (1.0 + slowdown * num_samples), rates.head_row * self._rows_of(num_samples))
+            duration += self.device.sample_overhead_ns * num_samples
+        return duration
 
     def _decode_attention(self, shape: BatchShape, rates: _Rates) -> float:
         return rates.kv_token * shape.num_decode_context + self._sequence_ns * shape.num_decodes

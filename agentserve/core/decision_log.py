@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from agentserve.core.adapters import AdapterLoad, TransferOrder
 from agentserve.core.batch import ScheduledChunk
 from agentserve.core.engine import StepResult
 from agentserve.core.events import (
     BatchScheduled,
     ControlDecided,
     EngineEvent,
+    PolicyFailed,
     PrefillProgress,
     RequestAdmitted,
     RequestFinished,
@@ -17,8 +19,16 @@ from agentserve.core.events import (
 
 
 def describe(result: StepResult) -> list[str]:
-    """One line an event, in order. Equal lines mean equal decisions, down to the blocks."""
-    return [_line(event) for event in result.events]
+    """One line an event, in order, then one a transfer. Equal lines mean equal decisions, down to the blocks."""
+    return [*map(_line, result.events), *map(_transfer, result.transfers)]
+
+
+def _transfer(transfer: TransferOrder) -> str:
+    if isinstance(transfer, AdapterLoad):
+        parts = f"{transfer.first_part}+{transfer.num_parts}"
+        return f"adapter {transfer.load_id} {transfer.adapter}@{transfer.slot} {parts}"
+    places = f"{_runs(transfer.source_ids)}>{_runs(transfer.destination_ids)}"
+    return f"{transfer.kind} {transfer.transfer_id} {transfer.source}>{transfer.destination} {places}"
 
 
 def _line(event: EngineEvent) -> str:
@@ -30,6 +40,8 @@ def _line(event: EngineEvent) -> str:
         case ControlDecided(_, decision):
             line = f"control {decision.partition.label} resume={decision.resume_budget} chunk={decision.prefill_chunk}"
             line += " shared" if decision.shares_budget else ""
+        case PolicyFailed(_, policy, error):
+            line = f"policy {policy} failed: {error}"
         case RequestAdmitted(request_id, _, total, cached):
             line = f"admit {request_id} cached={cached}/{total}"
         case PrefillProgress(request_id, _, computed, total):
@@ -44,7 +56,8 @@ def _line(event: EngineEvent) -> str:
 
 
 def _chunk(chunk: ScheduledChunk) -> str:
-    return f"{chunk.request_id}:{chunk.work_class}@{chunk.start}+{chunk.num_tokens}/{_runs(chunk.block_ids)}"
+    slot = "" if chunk.adapter_slot is None else f"~{chunk.adapter_slot}"
+    return f"{chunk.request_id}:{chunk.work_class}@{chunk.start}+{chunk.num_tokens}/{_runs(chunk.block_ids)}{slot}"
 
 
 def _runs(block_ids: tuple[int, ...]) -> str:

@@ -98,6 +98,16 @@ class DeviceProfile:
     provenance: str
     """`measured`, `fitted` or `estimated`, and from what."""
 
+    turnaround_ns: int = 0
+    """For which a lane stands still before a batch that is handed to it while it is idle: threads wake each other, and
+    the control plane makes a step. With look-ahead the next batch is there already. Found in recordings, since only a
+    daemon has all of it; 0 where nobody measured it."""
+    wake_ns: int = 0
+    """By how much longer a batch takes that is the first one after the whole device stood still for at least
+    `wake_after_ns`: threads sleep and caches belong to others by then. Found in recordings, as above."""
+    wake_after_ns: int = 0
+    """See `wake_ns`."""
+
     def __post_init__(self) -> None:
         for name in _SIZES:
             if getattr(self, name) < 1:
@@ -139,6 +149,10 @@ class DeviceProfile:
         next_tokens, next_rows = knots[index]
         return rows + (next_rows - rows) * (num_tokens - tokens) / (next_tokens - tokens)
 
+    def wake_ns_after(self, idle_ns: int) -> int:
+        """What is added to a batch before which no lane was busy for so long."""
+        return self.wake_ns if idle_ns >= self.wake_after_ns else 0
+
     def memory_factor(self, units: int) -> float:
         """Factor on memory-bound time when only `units` of the compute units are used."""
         return self.bandwidth_saturation + (1.0 - self.bandwidth_saturation) * max(1.0, self.compute_units / units)
@@ -158,4 +172,7 @@ _COSTS = (
     "layer_overhead_ns",
     "sequence_overhead_ns",
     "sample_overhead_ns",
+    "turnaround_ns",
+    "wake_ns",
+    "wake_after_ns",
 )

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agentserve.config import EngineConfig
+from agentserve.core.adapters import AdapterLoadOutput, TransferOrder
+from agentserve.core.agents import AgentRuntime, Seats, build_policies
 from agentserve.core.batch import Batch, BatchOutput, Lane, ScheduledChunk, TokenSample
 from agentserve.core.controllers import Controller
+from agentserve.core.decode_run import DecodePlan, DecodeRun, TokenSource
 from agentserve.core.events import (
     Command,
     EngineEvent,
     PrefillProgress,
+    RequestAdmitted,
     RequestFinished,
+    RequestPreempted,
     RequestStats,
     SubmitRequest,
     TokenGenerated,
 )
+from agentserve.core.executor import Completion
 from agentserve.core.memory.manager import MemoryManager
+from agentserve.core.memory.modules import AdapterModule
+from agentserve.core.memory.residency import RecomputeCost
 from agentserve.core.request import FinishReason, Request, RequestStatus
 from agentserve.core.scheduler import build_scheduler
 from agentserve.core.slots import PartitionTable
 from agentserve.core.stats import EngineStats
+from agentserve.core.transfers import TransferOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +41,11 @@ class StepResult:
     events: tuple[EngineEvent, ...]
     batches: tuple[Batch, ...]
     """What the driver must hand to the executor now, in this order: the batches of the `BatchScheduled` events."""
+    transfers: tuple[TransferOrder, ...] = ()
+    """Copies between tiers, and of adapters, that it must hand to the executor, too."""
+    run: DecodeRun | None = None
+    """Of `EngineCore.run_decodes`: the steps that were booked in one go. Their tokens and batches are no `events`:
+    these are what happened behind the last completion."""
 
 
 class EngineCore:
@@ -40,19 +55,43 @@ class EngineCore:
     are completions or commands, or when `next_deadline_ns` has come. Not thread-safe: one driver, one thread.
     """
 
-    def __init__(self, config: EngineConfig, table: PartitionTable, controller: Controller | None) -> None:
-        """`controller`: only the scheduler `lanes` has one."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        table: PartitionTable,
+        controller: Controller | None,
+        recompute_ns: RecomputeCost | None = None,
+        seats: Seats | None = None,
+    ) -> None:
+        """Makes an idle core.
+
+        Args:
+            config: all constants.
+            table: the ways to share the device.
+            controller: only the scheduler `lanes` has one.
+            recompute_ns: what computing KV costs, against loading it from a tier; None: loading is always cheaper.
+            seats: the policies; None: the built-in ones that the configuration names.
+        """
         self.config = config
         self._max_model_len = config.max_model_len
         self.memory = MemoryManager(
-            config.num_blocks, config.block_size, enable_prefix_caching=config.enable_prefix_caching
+            config.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            tiering=config.tiering,
+            recompute_ns=recompute_ns,
         )
+        if config.lora is not None:
+            self.memory.adapters = AdapterModule(config.lora)
         self._scheduler = build_scheduler(config, self.memory, table, controller)
+        self.agents = AgentRuntime(config, self.memory, seats or build_policies(config, None))
         self._requests: dict[str, Request] = {}
         self._sequence = 0
         self._last_now_ns: int | None = None
         self._num_steps = 0
         self._num_batches = dict.fromkeys(Lane, 0)
+        self._has_told_policies = False
+        """Whether they know something that they have had no chance to act on."""
         self._num_computed_prefill_tokens = 0
         self._num_generated_tokens = 0
 
@@ -62,10 +101,10 @@ class EngineCore:
         return bool(self._requests)
 
     def next_deadline_ns(self) -> int | None:
-        """When the next timer is due, or None: no part of the control plane needs a timer at present."""
-        return None
+        """When the next timer is due, or None: the policies' timers count only while somebody waits."""
+        return self.agents.next_deadline_ns() if self._scheduler.waiting else None
 
-    def step(self, now_ns: int, completions: Sequence[BatchOutput], commands: Sequence[Command]) -> StepResult:
+    def step(self, now_ns: int, completions: Sequence[Completion], commands: Sequence[Command]) -> StepResult:
         """Takes what happened and decides what happens next.
 
         In this order: completions, commands as they arrived, idle lanes. `now_ns` must not go backwards (ValueError).
@@ -76,19 +115,80 @@ class EngineCore:
         self._num_steps += 1
         events: list[EngineEvent] = []
         for output in completions:
-            self._complete(output, now_ns, events)
+            if isinstance(output, TransferOutput):
+                self._transferred(output, now_ns, events)
+            elif isinstance(output, AdapterLoadOutput):
+                self._adapter_loaded(output, now_ns, events)
+            else:
+                self._complete(output, now_ns, events)
         for command in commands:
             if isinstance(command, SubmitRequest):
                 self._submit(command, now_ns, events)
             else:
                 self._end(command.request_id, command.reason, now_ns, events)
+        batches = self._schedule(now_ns, events)
+        return StepResult(tuple(events), tuple(batches), self._start_transfers())
+
+    # ---- runs of decode steps ----
+
+    def decode_plan(self) -> DecodePlan | None:
+        """The decode steps that are certain as long as nothing comes from outside; None if the next one is not."""
+        if not self.agents.is_active:
+            return self._scheduler.decode_plan()
+        # Policies act at every step, but only on what they were told and on their deadlines.
+        plan = None if self._has_told_policies else self._scheduler.decode_plan()
+        return None if plan is None else dataclasses.replace(plan, before_ns=self.agents.next_deadline_ns())
+
+    def run_decodes(self, plan: DecodePlan, started_ns: int, ends_ns: Sequence[int], tokens: TokenSource) -> StepResult:
+        """Makes as many steps as `ends_ns` has times, each with the end of one decode batch and nothing else.
+
+        Fewer if the controller changes its mind or the memory is short, but at least one: see `StepResult.run`.
+
+        Args:
+            plan: what `decode_plan` says at present.
+            started_ns: when the first of its batches started.
+            ends_ns: when the batches end, in order; at least one and at most `plan.num_steps`. No command, deadline or
+                completion of the other lane may lie at or before the last of these times.
+            tokens: what the executor samples; no token may be one that ends a request.
+        """
+        assert 1 <= len(ends_ns) <= plan.num_steps, f"{len(ends_ns)} of {plan.num_steps} steps"
+        if self._last_now_ns is not None and ends_ns[0] < self._last_now_ns:
+            raise ValueError(f"time went backwards: {ends_ns[0]} < {self._last_now_ns}")
+        run = self._scheduler.run_decodes(plan, started_ns, ends_ns, tokens)
+        self._last_now_ns = now_ns = run.ends_ns[-1]
+        self._num_steps += run.num_steps
+        self._num_batches[Lane.DECODE] += run.num_steps
+        self._num_generated_tokens += run.num_steps * run.num_decodes
+        events: list[EngineEvent] = []
+        batches = self._schedule(now_ns, events)
+        return StepResult(tuple(events), tuple(batches), self._start_transfers(), run)
+
+    def _start_transfers(self) -> tuple[TransferOrder, ...]:
+        """The copies that the executor is to make now."""
+        adapters = self.memory.adapters
+        transfers = self.memory.start_transfers()
+        return tuple(transfers) if adapters is None else (*transfers, *adapters.start())
+
+    def _schedule(self, now_ns: int, events: list[EngineEvent]) -> list[Batch]:
+        """Lets the policies act, fills the idle lanes, and tells the policies what came of it."""
+        agents = self.agents
+        if agents.is_active:
+            agents.act(now_ns, self._scheduler)
+        num_events = len(events)
         batches = self._scheduler.schedule(now_ns, events)
-        return StepResult(tuple(events), tuple(batches))
+        agents.scheduled(events[num_events:])
+        self._has_told_policies = any(isinstance(e, RequestAdmitted | RequestPreempted) for e in events[num_events:])
+        events += agents.settle(now_ns, self._scheduler)
+        return batches
 
     # ---- commands ----
 
     def _submit(self, command: SubmitRequest, now_ns: int, events: list[EngineEvent]) -> None:
         assert command.request_id not in self._requests, f"request id {command.request_id} is in use"
+        adapters, adapter = self.memory.adapters, command.adapter
+        is_known = adapter is None or (adapters is not None and adapter in adapters)
+        if adapters is not None and is_known:
+            command = dataclasses.replace(command, cache_salt=adapters.salt(command.cache_salt, adapter))
         request = Request(
             request_id=command.request_id,
             prompt_token_ids=command.prompt_token_ids,
@@ -99,21 +199,28 @@ class EngineCore:
             session_id=command.session_id,
             priority=command.priority,
             cache_salt=command.cache_salt,
+            adapter=adapter if is_known else None,
         )
         self._sequence += 1
         self._requests[request.request_id] = request
-        self._scheduler.waiting.add(request)
+        self.agents.submitted(request, command, now_ns)
+        if self._scheduler.waiting.add(request):
+            self.agents.counts["reorders"] += 1
         num_tokens, limit = request.num_prompt_tokens, self.config.max_model_len
         if not 1 <= num_tokens < limit:
             # The door has checked this for HTTP requests; a recording or a simulated workload has no door.
             error = f"the prompt has {num_tokens} tokens; it must have at least 1 and fewer than {limit}"
             self._finish(request, FinishReason.ERROR, now_ns, events, error)
+        elif not is_known:
+            self._finish(request, FinishReason.ERROR, now_ns, events, f"there is no adapter {adapter!r}")
+        elif adapters is not None:
+            adapters.on_request(request)
 
     def _end(self, request_id: str, reason: FinishReason, now_ns: int, events: list[EngineEvent]) -> None:
         request = self._requests.get(request_id)
         if request is None or request.finish_after_flight is not None:
             return
-        if request.in_flight:
+        if request.in_flight and not self._scheduler.load_aborted(request):
             request.finish_after_flight = reason
         else:
             self._finish(request, reason, now_ns, events)
@@ -137,6 +244,30 @@ class EngineCore:
                 self._finish(request, FinishReason.ERROR, now_ns, events, output.error)
             else:
                 self._advance(request, chunk, samples.get(request_id), now_ns, events)
+
+    def _transferred(self, output: TransferOutput, now_ns: int, events: list[EngineEvent]) -> None:
+        """Books a copy between tiers; the last one that a request waits for lets it run."""
+        progress = self.memory.finish_transfer(output)
+        if progress is None:
+            return
+        request = self._requests[progress.request_id]
+        request.num_computed_tokens += progress.num_blocks * self.config.block_size
+        self.memory.commit(request.request_id, request.token_ids, request.num_computed_tokens)
+        if not progress.is_over:
+            return
+        self._scheduler.loaded(request)
+        if request.finish_after_flight is not None:
+            self._finish(request, request.finish_after_flight, now_ns, events)
+        else:
+            self._scheduler.start(request, now_ns, events)
+            self.agents.scheduled(events[-1:])
+
+    def _adapter_loaded(self, output: AdapterLoadOutput, now_ns: int, events: list[EngineEvent]) -> None:
+        """Books a part of an adapter that is there; who waits for one that cannot be loaded has failed."""
+        assert self.memory.adapters is not None, f"unexpected {output}"
+        for request in self.memory.adapters.finish(output):
+            error = f"the adapter {request.adapter} cannot be loaded: {output.error}"
+            self._finish(request, FinishReason.ERROR, now_ns, events, error)
 
     def _advance(
         self,
@@ -199,6 +330,7 @@ class EngineCore:
             last_token_ns=request.last_token_ns,
         )
         events.append(RequestFinished(request.request_id, now_ns, reason, stats, error))
+        self.agents.finished(request, reason, now_ns)
 
     # ---- views ----
 
@@ -217,19 +349,25 @@ class EngineCore:
             num_generated_tokens=self._num_generated_tokens,
             num_preemptions=scheduler.num_preemptions,
             decision=scheduler.decision,
+            policies=self.agents.stats() if self.agents.is_active else None,
             num_evicted_blocks=memory.num_evicted_blocks,
             num_steps=self._num_steps,
             num_batches_prefill=self._num_batches[Lane.PREFILL],
             num_batches_decode=self._num_batches[Lane.DECODE],
+            tiers=() if memory.residency is None else memory.residency.stats(),
+            adapters=None if memory.adapters is None else memory.adapters.stats(),
         )
 
     def check_invariants(self) -> None:
         """Raises AssertionError when any part is inconsistent. For tests: it looks at everything."""
         self.memory.check_invariants()
         self._scheduler.check_invariants()
+        self.agents.check_invariants()
         queued = {r.request_id for r in self._scheduler.running} | {r.request_id for r in self._scheduler.waiting}
         assert queued == set(self._requests), "a request is lost or queued twice"
         assert len(queued) == len(self._scheduler.running) + len(self._scheduler.waiting)
         if self.has_unfinished:
             # Liveness: something must be under way that will wake the driver.
-            assert self._scheduler.in_flight, "requests are unfinished, but nothing will wake them"
+            is_copying = self.memory.residency is not None and self.memory.residency.is_busy
+            is_copying |= self.memory.adapters is not None and self.memory.adapters.is_busy
+            assert self._scheduler.in_flight or is_copying, "requests are unfinished, but nothing will wake them"

@@ -17,6 +17,20 @@ from agentserve.core.request import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class Foresight:
+    """What only a simulator knows about a call's program. For oracles."""
+
+    gap_ns: int | None
+    """From the end of this call to the arrival of the next one; None: there is none."""
+    next_not_before_ns: int
+    """The next one does not arrive before this time, on the driver's clock."""
+    num_prompt_tokens: int
+    """New prompt tokens of this call and of all that follow."""
+    num_output_tokens: int
+    """The same for tokens that are generated."""
+
+
+@dataclass(frozen=True, slots=True)
 class SubmitRequest:
     """A new request. Its terminal event is guaranteed, whatever happens."""
 
@@ -27,7 +41,16 @@ class SubmitRequest:
     session_id: str | None = None
     priority: int = 0
     cache_salt: str | None = None
-    """Prefixes are shared only between requests of the same salt."""
+    """Prefixes are shared only between requests of the same salt and the same adapter."""
+    adapter: str | None = None
+    """The LoRA adapter that it is for; None: the model as it is."""
+    program_id: str | None = None
+    """The task that this call is a part of, if it has several sessions; None: the session is the task."""
+    tool_name: str | None = None
+    """The tool that runs after this call, if that is known. Policies use it once the call has ended."""
+    is_last_turn: bool | None = None
+    """Whether the task ends with this call; None: nobody knows. Policies use it once the call has ended."""
+    foresight: Foresight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +151,15 @@ class ControlDecided:
     decision: Decision
 
 
+@dataclass(frozen=True, slots=True)
+class PolicyFailed:
+    """A policy raised an exception. The built-in order has its place from now on."""
+
+    at_ns: int
+    policy: str
+    error: str
+
+
 EngineEvent: TypeAlias = (
     RequestAdmitted
     | PrefillProgress
@@ -136,4 +168,5 @@ EngineEvent: TypeAlias = (
     | RequestFinished
     | BatchScheduled
     | ControlDecided
+    | PolicyFailed
 )

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from agentserve.config import TieringConfig
+from agentserve.core.adapters import AdapterLoadOutput, TransferOrder
 from agentserve.core.batch import Batch, BatchOutput
 from agentserve.core.slots import PartitionTable, build_partition_table
+from agentserve.core.transfers import Tier, TransferOutput
+from agentserve.errors import ConfigError
 
+__all__ = ["Capabilities", "Completion", "Executor", "Tier", "require_tiers"]
 
-class Tier(StrEnum):
-    """Where the bytes of a block are."""
-
-    DEVICE = "device"
-    HOST = "host"
-    DISK = "disk"
-    CXL = "cxl"
+Completion: TypeAlias = BatchOutput | TransferOutput | AdapterLoadOutput
+"""What an executor reports: a batch that is done, or a copy between tiers or of an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +38,7 @@ class Capabilities:
     block_size: int
     """Tokens in a block."""
     tiers: tuple[Tier, ...] = (Tier.DEVICE,)
+    """Where it can keep blocks: it takes transfers between these."""
     unused_units: int = 0
     """Units that neither side of a split can have; see `build_partition_table`."""
     lookahead: int = 1
@@ -53,12 +53,22 @@ class Capabilities:
         )
 
 
-class Executor(Protocol):
-    """Runs batches.
+def require_tiers(capabilities: Capabilities, tiering: TieringConfig | None) -> None:
+    """Raises ConfigError if KV is to be kept in a tier that the executor does not have."""
+    for tier in () if tiering is None else tiering.tiers:
+        if Tier(tier.name) not in capabilities.tiers:
+            raise ConfigError(
+                f"the executor {capabilities.name} has no {tier.name} tier: it cannot keep KV outside its pool; "
+                "--executor simulated can"
+            )
 
-    `submit` and `poll` are called by one thread, the driver's. Batches of one lane run in the order in which they
-    were submitted; batches of different lanes may overlap. An executor never raises for a batch: failures are
-    `BatchOutput.error`.
+
+class Executor(Protocol):
+    """Runs batches, and copies blocks between its tiers.
+
+    `submit`, `submit_transfer` and `poll` are called by one thread, the driver's. Batches of one lane run in the order
+    in which they were submitted; batches of different lanes may overlap, and transfers overlap with both. An executor
+    never raises for a batch or a transfer: failures are their outputs' `error`.
     """
 
     def capabilities(self) -> Capabilities: ...
@@ -67,12 +77,20 @@ class Executor(Protocol):
         """Takes a batch and returns at once. Raises RuntimeError when the lane is full or after `close`."""
         ...
 
-    def poll(self, now_ns: int) -> list[BatchOutput]:
+    def submit_transfer(self, transfer: TransferOrder, now_ns: int) -> None:
+        """Takes a copy and returns at once. Transfers of one link run in the order in which they were submitted.
+
+        Raises RuntimeError for a tier that `capabilities` does not name, for adapters where there are no slots for
+        them, and after `close`.
+        """
+        ...
+
+    def poll(self, now_ns: int) -> Sequence[Completion]:
         """What has finished since the last call, in the order of finishing. Does not block."""
         ...
 
     def next_completion_ns(self) -> int | None:
-        """When the next batch will finish, or None if that is not known beforehand (or nothing is in flight)."""
+        """When the next batch or transfer will finish; None if nobody knows, or nothing is in flight."""
         ...
 
     def on_completion(self, wake: Callable[[], None]) -> None:

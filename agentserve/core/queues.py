@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from agentserve.core.request import Request
 
 
-def rank(request: Request) -> tuple[int, int]:
-    """Smaller goes first: priority, then arrival. A preempted request has its old rank, so it is next again."""
-    return (request.priority, request.sequence)
+def rank(request: Request) -> tuple[int, tuple[float, ...], int]:
+    """Smaller goes first: priority, then what the order policy says, then arrival.
+
+    A preempted request has its old rank, so it is next again.
+    """
+    return (request.priority, request.order_key, request.sequence)
 
 
 class RankedQueue:
@@ -28,8 +31,18 @@ class RankedQueue:
     def __reversed__(self) -> Iterator[Request]:
         return reversed(self._requests)
 
-    def add(self, request: Request) -> None:
-        bisect.insort(self._requests, request, key=rank)
+    def add(self, request: Request) -> bool:
+        """Puts a request at its place; whether one of its priority that arrived before it comes after it now."""
+        index = bisect.bisect_right(self._requests, rank(request), key=rank)
+        self._requests.insert(index, request)
+        if index + 1 == len(self._requests):
+            return False
+        behind = self._requests[index + 1]
+        return behind.priority == request.priority and behind.sequence < request.sequence
+
+    def sort(self) -> None:
+        """To be called when ranks have changed."""
+        self._requests.sort(key=rank)
 
     def remove(self, request: Request) -> None:
         """Raises ValueError if it is not in the queue."""

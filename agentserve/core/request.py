@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
 
 from agentserve.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from agentserve.core.memory.eviction import SessionBlocks
 
 
 class WorkClass(StrEnum):
@@ -53,6 +57,8 @@ class SamplingParams:
     logprobs: int | None = None
     """None: no log-probabilities; n: that of the chosen token and of the n most likely ones (n may be 0)."""
     logit_bias: tuple[tuple[int, float], ...] = ()
+    constrained: bool = False
+    """Whether a grammar decides which tokens may be sampled; the executor has it, see `core.masks`."""
 
     def __post_init__(self) -> None:
         check = _Check()
@@ -69,6 +75,7 @@ class SamplingParams:
             "min_tokens",
             "must lie between 0 and max_tokens",
         )
+        check(not (self.constrained and self.min_tokens), "min_tokens", "cannot be combined with a grammar")
         check(
             self.logprobs is None or 0 <= self.logprobs <= 20,
             "logprobs",
@@ -109,6 +116,14 @@ class Request:
     """Lower goes first (vLLM's meaning)."""
     cache_salt: str | None = None
     """Prefixes are shared only between requests of the same salt."""
+    adapter: str | None = None
+    """The LoRA adapter that it is computed with."""
+    adapter_slot: int | None = None
+    """Where that is on the device, while the request runs."""
+    order_key: tuple[float, ...] = ()
+    """Its place among those of its priority, if a policy says so; changed only while it is in no queue."""
+    session_blocks: SessionBlocks | None = None
+    """To whom its blocks belong, if a policy wants to know."""
 
     status: RequestStatus = RequestStatus.WAITING
     token_ids: list[int] = field(init=False)

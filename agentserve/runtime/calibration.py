@@ -75,7 +75,7 @@ class BatchRunner:
                 raise EngineError(f"the executor did not finish a batch in {_TIMEOUT_S:.0f} s")
             # Before the look: what finishes after it sets the event again.
             self._done.clear()
-            outputs = self._executor.poll(self._now_ns)
+            outputs = [output for output in self._executor.poll(self._now_ns) if isinstance(output, BatchOutput)]
             self._num_in_flight -= len(outputs)
             for output in outputs:
                 if output.error is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -33,6 +33,8 @@ from agentserve.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from agentserve.text.grammar.compiler import CompiledGrammar
+from agentserve.text.grammar.masks import GrammarMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,15 @@ class StreamEnd:
     reason: FinishReason
     stats: RequestStats
     error: str | None
+    overflowed: bool = False
+    """The consumer left so much unread that the request was ended and further tokens were dropped."""
 
 
 StreamEvent: TypeAlias = StreamTokens | StreamProgress | StreamEnd
+
+
+MAX_UNREAD_TOKENS = 16_384
+"""Tokens that a stream keeps for a consumer that does not read; a few megabytes."""
 
 
 class Driver(Protocol):
@@ -82,6 +90,9 @@ class _Mailbox:
     times_ns: list[int] = field(default_factory=list)
     progress: StreamProgress | None = None
     end: StreamEnd | None = None
+    size: int = 0
+    """Tokens in `samples`; alternatives with log-probabilities count as well."""
+    overflowed: bool = False
     filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -123,6 +134,7 @@ class TokenStream:
             event: StreamEvent = StreamTokens(tuple(mailbox.samples), tuple(mailbox.times_ns))
             mailbox.samples.clear()
             mailbox.times_ns.clear()
+            mailbox.size = 0
             mailbox.progress = None
         elif mailbox.progress is not None:
             event = mailbox.progress
@@ -167,8 +179,20 @@ class EventBridge:
 class EngineClient:
     """The asyncio facade of an engine. All methods are for the event loop's thread."""
 
-    def __init__(self, driver: Driver, *, max_model_len: int, max_queued_requests: int) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        *,
+        max_model_len: int,
+        max_queued_requests: int,
+        masks: GrammarMasks | None = None,
+        max_unread_tokens: int = MAX_UNREAD_TOKENS,
+    ) -> None:
+        """`masks` is shared with the executor; without it no request can have a grammar. A stream whose consumer leaves
+        more than `max_unread_tokens` unread is ended."""
         self._driver = driver
+        self._masks = masks
+        self._max_unread_tokens = max_unread_tokens
         self.max_model_len = max_model_len
         self._max_queued_requests = max_queued_requests
         self._streams: dict[str, TokenStream] = {}
@@ -218,29 +242,41 @@ class EngineClient:
         session_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: str | None = None,
+        grammar: CompiledGrammar | None = None,
         param: str = "messages",
     ) -> TokenStream:
         """Submits a request and returns its stream.
 
+        With a `grammar` the output is held to it: its end-of-sequence tokens come where it may end, and nowhere else.
+
         Raises InvalidRequestError, ContextLengthExceededError or QueueFullError when it is refused, and EngineError
         when the engine is down; then nothing was submitted. `param` is the field to blame for the prompt's length.
         """
+        if grammar is not None:
+            sampling = self._constrain(sampling, grammar)
         self.check(len(prompt_token_ids), sampling, param=param)
         request_id = request_id or f"req-{next(self._ids)}"
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
         stream = TokenStream(self, request_id)
-        self._driver.post(
-            SubmitRequest(
-                request_id=request_id,
-                prompt_token_ids=tuple(prompt_token_ids),
-                sampling=sampling,
-                agent_id=agent_id,
-                session_id=session_id,
-                priority=priority,
-                cache_salt=cache_salt,
-            )
+        command = SubmitRequest(
+            request_id=request_id,
+            prompt_token_ids=tuple(prompt_token_ids),
+            sampling=sampling,
+            agent_id=agent_id,
+            session_id=session_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            adapter=adapter,
         )
+        if self._masks is not None and grammar is not None:
+            self._masks.open(request_id, grammar)
+        try:
+            self._driver.post(command)
+        except EngineError:
+            self._close_grammar(request_id)
+            raise
         self._streams[request_id] = stream
         self._waiting.add(request_id)
         return stream
@@ -256,7 +292,11 @@ class EngineClient:
             elif isinstance(event, RequestAdmitted):
                 self._waiting.discard(event.request_id)
             elif isinstance(event, RequestFinished):
-                end = StreamEnd(event.reason, event.stats, event.error)
+                reason, error = event.reason, event.error
+                problem = self._close_grammar(event.request_id)
+                if problem is not None and reason is FinishReason.STOP:
+                    reason, error = FinishReason.ERROR, problem
+                end = StreamEnd(reason, event.stats, error)
                 self._deliver(event.request_id, end=end)
                 self._forget(event.request_id)
 
@@ -264,8 +304,20 @@ class EngineClient:
         """Ends every stream with an error: the engine thread has died. Called on the event loop."""
         stats = RequestStats(0, 0, 0, 0, "", 0, None, None, None)
         for request_id in list(self._streams):
+            self._close_grammar(request_id)
             self._deliver(request_id, end=StreamEnd(FinishReason.ERROR, stats, message))
             self._forget(request_id)
+
+    def _constrain(self, sampling: SamplingParams, grammar: CompiledGrammar) -> SamplingParams:
+        if self._masks is None:
+            raise InvalidRequestError("this engine cannot hold its output to a grammar", param="response_format")
+        if not set(grammar.eos_token_ids) <= set(sampling.stop_token_ids):
+            raise InvalidRequestError("ignore_eos cannot be combined with a grammar, which ends", param="ignore_eos")
+        return replace(sampling, constrained=True)
+
+    def _close_grammar(self, request_id: str) -> str | None:
+        """What went wrong in the grammar of a request that has ended; None for most."""
+        return None if self._masks is None else self._masks.close(request_id)
 
     def _deliver(
         self,
@@ -279,13 +331,18 @@ class EngineClient:
         if stream is None:  # nobody listens any more; the cancel is on its way
             return
         mailbox = stream._mailbox
-        if token is not None:
-            mailbox.samples.append(token.sample)
-            mailbox.times_ns.append(token.at_ns)
+        if token is not None and not mailbox.overflowed:
+            mailbox.size += 1 + len(token.sample.top_logprobs)
+            if mailbox.size > self._max_unread_tokens and mailbox.samples:
+                mailbox.overflowed = True
+                self._end(request_id, FinishReason.CANCELLED)
+            else:
+                mailbox.samples.append(token.sample)
+                mailbox.times_ns.append(token.at_ns)
         if progress is not None:
             mailbox.progress = progress
         if end is not None:
-            mailbox.end = end
+            mailbox.end = replace(end, overflowed=True) if mailbox.overflowed else end
         mailbox.filled.set()
 
     def _end(self, request_id: str, reason: FinishReason) -> None:

@@ -8,11 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import Clock
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Command, EngineEvent
-from agentserve.core.executor import Executor
+from agentserve.core.events import Command, EngineEvent, PolicyFailed
+from agentserve.core.executor import Completion, Executor
 from agentserve.core.stats import EngineStats
 from agentserve.errors import EngineError
 from agentserve.runtime.recording import Recorder
@@ -129,14 +128,19 @@ class LiveDriver:
             commands = list(self._commands)
             self._commands.clear()
         now_ns = self._clock.now_ns()
-        completions: list[BatchOutput] = self._executor.poll(now_ns)
+        completions = self._executor.poll(now_ns)
         if not completions and not commands and not self._timer_due(now_ns):
             return
         result = self._core.step(now_ns, completions, commands)
         for batch in result.batches:
             self._executor.submit(batch, self._clock.now_ns())
+        for transfer in result.transfers:
+            self._executor.submit_transfer(transfer, self._clock.now_ns())
         self._stats = self._core.stats()
         if result.events:
+            for event in result.events:
+                if isinstance(event, PolicyFailed):
+                    logger.error("the policy %s failed, the built-in order takes over: %s", event.policy, event.error)
             self._on_events(result.events)
         self._record(now_ns, completions, commands, result)
 
@@ -147,7 +151,7 @@ class LiveDriver:
     def _record(
         self,
         now_ns: int,
-        completions: Sequence[BatchOutput],
+        completions: Sequence[Completion],
         commands: Sequence[Command],
         result: StepResult,
     ) -> None:

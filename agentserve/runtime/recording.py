@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from agentserve.config import ControlConfig, EngineConfig
+from agentserve.config import AdapterConfig, ControlConfig, EngineConfig, LoraConfig, TierConfig, TieringConfig
+from agentserve.core.adapters import AdapterLoadOutput
 from agentserve.core.batch import BatchOutput, Lane, TokenSample
 from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, EndRequest, SubmitRequest
+from agentserve.core.events import Command, EndRequest, Foresight, SubmitRequest
+from agentserve.core.executor import Completion
 from agentserve.core.request import FinishReason, SamplingParams
+from agentserve.core.transfers import TransferOutput
 from agentserve.errors import AgentServeError, ConfigError, RecordingError
 
 FORMAT_VERSION = 2
@@ -49,7 +52,7 @@ class RecordedStep:
     """One call of `EngineCore.step` and its decisions."""
 
     now_ns: int
-    completions: tuple[BatchOutput, ...]
+    completions: tuple[Completion, ...]
     commands: tuple[Command, ...]
     decisions: tuple[str, ...]
 
@@ -69,7 +72,7 @@ class Recorder:
     def write(
         self,
         now_ns: int,
-        completions: Sequence[BatchOutput],
+        completions: Sequence[Completion],
         commands: Sequence[Command],
         result: StepResult,
     ) -> None:
@@ -116,10 +119,12 @@ class Recording:
             if version == FORMAT_VERSION:
                 config = dict(fields.pop("config"))
                 control = ControlConfig(**config.pop("control"))
+                tiering = _tiering_from_json(config.pop("tiering", None))
+                lora = _lora_from_json(config.pop("lora", None))
                 device, shape = fields.pop("device"), fields.pop("model_shape")
                 return Header(
                     **fields,
-                    config=EngineConfig(**config, control=control),
+                    config=EngineConfig(**config, control=control, tiering=tiering, lora=lora),
                     device=None if device is None else _device_from_json(device),
                     model_shape=None if shape is None else ModelShape(**shape),
                 )
@@ -149,6 +154,18 @@ class Recording:
             raise RecordingError(f"{self._path}:{number}: not a step of a recording: {error!r}") from None
 
 
+def _tiering_from_json(value: dict[str, Any] | None) -> TieringConfig | None:
+    if value is None:
+        return None
+    return TieringConfig(**{**value, "tiers": tuple(TierConfig(**tier) for tier in value["tiers"])})
+
+
+def _lora_from_json(value: dict[str, Any] | None) -> LoraConfig | None:
+    if value is None:
+        return None
+    return LoraConfig(**{**value, "adapters": tuple(AdapterConfig(**adapter) for adapter in value["adapters"])})
+
+
 def _device_from_json(value: dict[str, Any]) -> DeviceProfile:
     rows = tuple((tokens, rows) for tokens, rows in value["rows"])
     return DeviceProfile(**{**value, "rows": rows, "contention": Contention(**value["contention"])})
@@ -168,11 +185,17 @@ def _command_from_json(value: dict[str, Any]) -> Command:
     sampling = dict(fields.pop("sampling"))
     sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
     sampling["logit_bias"] = tuple((token, bias) for token, bias in sampling["logit_bias"])
+    if fields.get("foresight") is not None:
+        fields["foresight"] = Foresight(**fields["foresight"])
     fields["prompt_token_ids"] = tuple(fields["prompt_token_ids"])
     return SubmitRequest(**fields, sampling=SamplingParams(**sampling))
 
 
-def _output_from_json(value: dict[str, Any]) -> BatchOutput:
+def _output_from_json(value: dict[str, Any]) -> Completion:
+    if "transfer_id" in value:
+        return TransferOutput(**value)
+    if "load_id" in value:
+        return AdapterLoadOutput(**value)
     samples = tuple(
         TokenSample(
             sample["request_id"],

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentserve.core.agents.costs import ForwardCosts
+from agentserve.core.agents.factory import POLICIES, PolicyFactory, build_policies
+from agentserve.core.batch import Lane
 from agentserve.core.controllers.factory import build_controller
-from agentserve.core.costmodel import CostModel
+from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import EngineCore
-from agentserve.core.slots import build_partition_table
+from agentserve.core.memory.residency import RecomputeCost
+from agentserve.core.slots import PartitionTable, build_partition_table
 from agentserve.runtime.recording import Header, Recording
 
 
@@ -30,8 +35,11 @@ class ReplayReport:
         return self.divergence is None
 
 
-def build_core(header: Header) -> EngineCore:
-    """An engine core as the header describes it. The daemon builds its own through this, too."""
+def build_core(header: Header, factories: Mapping[str, PolicyFactory] = POLICIES) -> EngineCore:
+    """An engine core as the header describes it. The daemon builds its own through this, too.
+
+    Raises ConfigError if a policy is not in `factories`, or needs a profile of the device and the header has none.
+    """
     config = header.config
     table = build_partition_table(
         header.compute_units, header.unit_granularity, header.min_units, unused_units=header.unused_units
@@ -40,7 +48,24 @@ def build_core(header: Header) -> EngineCore:
     if header.device is not None and header.model_shape is not None:
         cost_model = CostModel(header.device, header.model_shape)
     controller = build_controller(config, table, cost_model) if config.scheduler == "lanes" else None
-    return EngineCore(config, table, controller)
+    costs = None if cost_model is None else ForwardCosts.of(cost_model, table, config.max_num_batched_tokens)
+    return EngineCore(
+        config,
+        table,
+        controller,
+        None if cost_model is None else prefill_cost(cost_model, table),
+        build_policies(config, costs, factories),
+    )
+
+
+def prefill_cost(cost_model: CostModel, table: PartitionTable) -> RecomputeCost:
+    """What computing KV costs: a prompt's duration alone on the whole device, in one batch."""
+
+    def recompute_ns(start: int, num_tokens: int) -> int:
+        shape = BatchShape().with_prefill(num_tokens, start)
+        return cost_model.duration_ns(shape, Lane.PREFILL, table.whole, False)
+
+    return recompute_ns
 
 
 def replay(path: Path) -> ReplayReport:

@@ -7,10 +7,42 @@ import itertools
 
 from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import VirtualClock
+from agentserve.core.decode_run import PredictableExecutor
 from agentserve.core.engine import EngineCore, StepResult
 from agentserve.core.events import Command
 from agentserve.core.executor import Executor
 from agentserve.errors import EngineError
+
+_MIN_RUN = 2
+"""A run of fewer decode steps is not worth its preparation."""
+
+
+def run_decodes(core: EngineCore, executor: PredictableExecutor, before_ns: int | None) -> StepResult | None:
+    """Books the decode steps that are certain and end before a moment, in one go; None if they are too few.
+
+    What is in flight behind them is handed to the executor. `before_ns`: when the next command comes, None without one.
+    """
+    plan = core.decode_plan()
+    if plan is None:
+        return None
+    deadline_ns = core.next_deadline_ns()
+    if before_ns is None or (deadline_ns is not None and deadline_ns < before_ns):
+        before_ns = deadline_ns
+    started_ns, ends_ns = executor.decode_ends(plan, before_ns)
+    if len(ends_ns) < _MIN_RUN:
+        return None
+    result = core.run_decodes(plan, started_ns, ends_ns, executor.decoded_tokens)
+    run = result.run
+    assert run is not None, "a run was made"
+    now_ns = run.ends_ns[-1]
+    executor.skip_decodes()
+    if run.in_flight is not None:
+        executor.submit(run.in_flight, now_ns)
+    for batch in result.batches:
+        executor.submit(batch, now_ns)
+    for transfer in result.transfers:
+        executor.submit_transfer(transfer, now_ns)
+    return result
 
 
 class VirtualDriver:
@@ -26,6 +58,7 @@ class VirtualDriver:
         self.last_completions: tuple[BatchOutput, ...] = ()
         """What the last step was given: the batches that had finished by then."""
         self._executor = executor
+        self._predictable = executor if isinstance(executor, PredictableExecutor) else None
         self._arrivals: list[tuple[int, int, Command]] = []
         self._sequence = itertools.count()
 
@@ -48,14 +81,29 @@ class VirtualDriver:
         now_ns = max(min(known), self.clock.now_ns())
         self.clock.advance_to(now_ns)
         completions = self._executor.poll(now_ns)
-        self.last_completions = tuple(completions)
+        self.last_completions = tuple(output for output in completions if isinstance(output, BatchOutput))
         commands = []
         while self._arrivals and self._arrivals[0][0] <= now_ns:
             commands.append(heapq.heappop(self._arrivals)[2])
         result = self.core.step(now_ns, completions, commands)
         for batch in result.batches:
             self._executor.submit(batch, now_ns)
+        for transfer in result.transfers:
+            self._executor.submit_transfer(transfer, now_ns)
         return result
+
+    def advance(self) -> StepResult | None:
+        """Like `step`, or as many steps in one go as are certain: see `StepResult.run`.
+
+        The same happens at the same times; only an executor that knows beforehand what it will do makes it faster.
+        """
+        if self._predictable is not None:
+            result = run_decodes(self.core, self._predictable, self._arrivals[0][0] if self._arrivals else None)
+            if result is not None and result.run is not None:
+                self.clock.advance_to(result.run.ends_ns[-1])
+                self.last_completions = ()
+                return result
+        return self.step()
 
     def run(self) -> list[StepResult]:
         """Steps until all is done and returns what each step did."""

@@ -11,9 +11,14 @@ from typing import Any
 
 from agentserve.config import (
     CONTROLLERS,
+    ORDER_POLICIES,
+    RETENTION_POLICIES,
     SCHEDULERS,
     SLOTS,
+    WRITE_BACKS,
+    boolean,
     choice,
+    non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
@@ -54,6 +59,27 @@ class Cell:
     kv_cache_memory: int | None = _option(size_bytes, "device", "memory for the KV cache of each instance")
     block_size: int | None = _option(positive_int, "device", "tokens in a KV block (default: 16)")
     max_model_len: int | None = _option(positive_int, "device", "window in tokens (default: the model's, if it fits)")
+    max_loras: int | None = _option(
+        positive_int, "device", "LoRA adapters that are on the device at once (default: 8); programs name them"
+    )
+    lora_rank: int | None = _option(positive_int, "device", "rank of the LoRA adapters (default: 16)")
+    kv_offloading_size: float | None = _option(
+        non_negative_float, "device", "GiB of host memory below the KV cache of each instance (default: none)"
+    )
+    cxl_size: float | None = _option(
+        non_negative_float, "device", "GiB of CXL memory below the KV cache and host memory (default: none)"
+    )
+    host_link_gb_per_s: float | None = _option(
+        positive_float, "device", "gigabytes a second to host memory, each way (default: the card's PCI Express)"
+    )
+    cxl_link_gb_per_s: float | None = _option(
+        positive_float, "device", "gigabytes a second to CXL memory, each way (default: 25)"
+    )
+    kv_write_back: str | None = _option(
+        choice(*WRITE_BACKS),
+        "device",
+        "when blocks are copied to lower tiers: incremental, before they have to leave (default), or on_evict",
+    )
     instances: int = _option(positive_int, "instances", "engines behind the router, each on a device of its own", 1)
     router: str = _option(choice(*ROUTERS), "instances", "which instance gets a call", "session_affinity")
     overload: str | None = _option(
@@ -72,6 +98,17 @@ class Cell:
     slots: str | None = _option(choice(*SLOTS), "engine", "as in `serve` (default: auto)")
     tpot_target_ms: float | None = _option(
         positive_float, "engine", "target time between tokens (default: twice that of a stream alone)"
+    )
+    policy: str | None = _option(
+        choice(*RETENTION_POLICIES), "policies", "what stays in the cache (default: lru); belady knows the future"
+    )
+    order: str | None = _option(
+        choice(*ORDER_POLICIES),
+        "policies",
+        "which call goes first (default: by arrival, and the shortest prompt); srpt knows the future",
+    )
+    protect_anchors: bool | None = _option(
+        boolean, "policies", "keep what several sessions use longer (default: true for all policies but lru)"
     )
     max_num_seqs: int | None = _option(positive_int, "engine", "requests that run at once (default: 16)")
     max_num_batched_tokens: int | None = _option(positive_int, "engine", "tokens in one batch at most (default: 2048)")
@@ -152,4 +189,5 @@ def _without_idle(cell: Cell) -> Cell:
         if found != value and not (other == "scheduler" and found is None):
             changes: dict[str, Any] = {name: None}
             cell = dataclasses.replace(cell, **changes)
-    return cell
+    # The one policy with an order of its own.
+    return dataclasses.replace(cell, order=None) if cell.policy == "continuum" else cell

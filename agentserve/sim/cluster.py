@@ -28,11 +28,14 @@ from typing import NamedTuple
 
 from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import VirtualClock
+from agentserve.core.decode_run import PredictableExecutor
 from agentserve.core.engine import EngineCore, StepResult
 from agentserve.core.events import RequestFinished, SubmitRequest
 from agentserve.core.executor import Executor
 from agentserve.core.memory.manager import AllocationOutcome, MemoryManager, PrefixLock
 from agentserve.errors import ConfigError, EngineError
+from agentserve.runtime.virtual import run_decodes
+from agentserve.sim.residency import occupancy_of
 from agentserve.sim.router import Loads, Reason, Router
 
 
@@ -66,9 +69,13 @@ class InstanceStep(NamedTuple):
     """One step of one core."""
 
     instance: int
+    now_ns: int
+    """When it was made; of a run of steps when the last one was."""
     completions: Sequence[BatchOutput]
     """The batches that had finished by then."""
     result: StepResult
+    occupancy: tuple[int, ...]
+    """Of the memory behind it; see `residency.occupancy_of`."""
 
 
 @dataclass(slots=True)
@@ -121,6 +128,10 @@ class Cluster:
         self._sequence = itertools.count()
         self._wakes: list[tuple[int, int]] = []  # outdated entries stay until they are met
         self._wake_of: list[int | None] = [None] * len(instances)
+        self._made: list[InstanceStep] = []
+        """Steps of this moment so far."""
+        self._touched: set[int] = set()
+        """Instances whose memory was used from outside, which may have changed what is certain."""
 
     @property
     def cores(self) -> tuple[EngineCore, ...]:
@@ -138,27 +149,67 @@ class Cluster:
 
         Raises EngineError if requests are unfinished and nothing will ever wake their engine.
         """
+        return self._advance(fast_forward=False)
+
+    def advance(self) -> list[InstanceStep] | None:
+        """Like `step`, but decode steps that are certain are left out until somebody must know of them.
+
+        The same happens at the same times. Steps that were left out are returned as runs (see `StepResult.run`), before
+        the step of their instance that ends the run, and possibly after later steps of other instances.
+
+        Raises EngineError if requests are unfinished and nothing will ever wake their engine.
+        """
+        return self._advance(fast_forward=True)
+
+    def _advance(self, *, fast_forward: bool) -> list[InstanceStep] | None:
         now_ns = self._next_ns()
         if now_ns is None:
             if any(instance.core.has_unfinished for instance in self._instances):
                 raise EngineError("requests are unfinished, but nothing will ever wake their engine")
             return None
         self.clock.advance_to(now_ns)
+        self._made = []
         commands = self._deliver(now_ns)
         concerned = set(commands)
+        if fast_forward:
+            concerned |= self._touched
+        self._touched.clear()
         while self._wakes and self._wakes[0][0] <= now_ns:
             wake_ns, instance = heapq.heappop(self._wakes)
             if self._wake_of[instance] == wake_ns:
                 concerned.add(instance)
-        return [self._step(instance, now_ns, commands.get(instance, ())) for instance in sorted(concerned)]
+        if not fast_forward:
+            for instance in sorted(concerned):
+                self._step(instance, now_ns, commands.get(instance, ()))
+                self._wake_at(instance, self._due_ns(instance))
+        elif len(concerned) == 1 and not commands:
+            self._run_alone(concerned.pop(), now_ns)
+        else:
+            for instance in sorted(concerned):
+                self._run_to(instance, now_ns, commands.get(instance, ()))
+        return self._made
 
     def _next_ns(self) -> int | None:
-        while self._wakes and self._wake_of[self._wakes[0][1]] != self._wakes[0][0]:
-            heapq.heappop(self._wakes)
-        known = [heap[0][0] for heap in (self._wakes, self._due) if heap]
+        known = [wake for wake in (self._next_wake_ns(), self._due[0][0] if self._due else None) if wake is not None]
         return max(min(known), self.clock.now_ns()) if known else None
 
-    def _step(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> InstanceStep:
+    def _next_wake_ns(self) -> int | None:
+        while self._wakes and self._wake_of[self._wakes[0][1]] != self._wakes[0][0]:
+            heapq.heappop(self._wakes)
+        return self._wakes[0][0] if self._wakes else None
+
+    def _due_ns(self, index: int) -> int | None:
+        """When something happens next within an instance."""
+        core, executor = self._instances[index]
+        wakes = [wake for wake in (executor.next_completion_ns(), core.next_deadline_ns()) if wake is not None]
+        return min(wakes, default=None)
+
+    def _wake_at(self, index: int, wake_ns: int | None) -> None:
+        self._wake_of[index] = wake_ns
+        if wake_ns is not None:
+            heapq.heappush(self._wakes, (wake_ns, index))
+
+    def _step(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> None:
         core, executor = self._instances[index]
         completions = executor.poll(now_ns)
         result = core.step(now_ns, completions, commands)
@@ -167,11 +218,59 @@ class Cluster:
                 self._loads.ended(*self._placed.pop(event.request_id))
         for batch in result.batches:
             executor.submit(batch, now_ns)
-        wakes = [wake for wake in (executor.next_completion_ns(), core.next_deadline_ns()) if wake is not None]
-        self._wake_of[index] = wake_ns = min(wakes, default=None)
+        for transfer in result.transfers:
+            executor.submit_transfer(transfer, now_ns)
+        batches = [output for output in completions if isinstance(output, BatchOutput)]
+        self._made.append(InstanceStep(index, now_ns, batches, result, occupancy_of(core.memory)))
+
+    # ---- steps that are certain ----
+    #
+    # An instance whose next decode steps are certain whatever the others do is not looked at before the last of these
+    # steps, unless a call arrives there: then the steps before it are booked first.
+
+    def _run_alone(self, index: int, now_ns: int) -> None:
+        """Steps of an instance up to the next moment at which any other one, or a call, can matter to it."""
+        others = [wake for wake in (self._next_wake_ns(), self._due[0][0] if self._due else None) if wake is not None]
+        self._run(index, min(others, default=None))
+        # What is left until now may end a call, after which others can come at once: so nothing beyond that.
+        self._catch_up(index, now_ns + 1)
+        self.clock.advance_to(max([now_ns, *[step.now_ns for step in self._made]]))
+        self._plan(index)
+
+    def _run_to(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> None:
+        """Steps of an instance up to now, and one for the calls that arrive."""
+        self._catch_up(index, now_ns if commands else now_ns + 1)
+        if commands:
+            self._step(index, now_ns, commands)
+        self._plan(index)
+
+    def _plan(self, index: int) -> None:
+        """When an instance is to be looked at again."""
+        wake_ns = self._due_ns(index)
         if wake_ns is not None:
-            heapq.heappush(self._wakes, (wake_ns, index))
-        return InstanceStep(index, completions, result)
+            core, executor = self._instances[index]
+            plan = core.decode_plan()
+            if plan is not None and plan.is_settled and isinstance(executor, PredictableExecutor):
+                _, ends_ns = executor.decode_ends(plan, core.next_deadline_ns())
+                wake_ns = ends_ns[-1] if ends_ns else wake_ns
+        self._wake_at(index, wake_ns)
+
+    def _catch_up(self, index: int, before_ns: int) -> None:
+        """Makes the steps of an instance before a moment; nothing can come to it before that."""
+        while (due_ns := self._due_ns(index)) is not None and due_ns < before_ns:
+            if not self._run(index, before_ns):
+                self._step(index, due_ns, ())
+
+    def _run(self, index: int, before_ns: int | None) -> bool:
+        """Books a run of decode steps that end before a moment; False if there is none that is worth it."""
+        core, executor = self._instances[index]
+        if not isinstance(executor, PredictableExecutor):
+            return False
+        result = run_decodes(core, executor, before_ns)
+        if result is None or result.run is None:
+            return False
+        self._made.append(InstanceStep(index, result.run.ends_ns[-1], (), result, occupancy_of(core.memory)))
+        return True
 
     # ---- calls and their ways ----
 
@@ -234,4 +333,8 @@ class Cluster:
         self._memory(transfer.source).unlock(transfer.lock)
 
     def _memory(self, instance: int) -> MemoryManager:
+        """The memory of an instance as it is now."""
+        if self._wake_of[instance] is not None:
+            self._catch_up(instance, self.clock.now_ns())
+            self._touched.add(instance)
         return self._instances[instance].core.memory

@@ -14,37 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from agentserve.core.batch import Batch, BatchOutput, Lane
 from agentserve.core.clock import VirtualClock
-from agentserve.core.engine import EngineCore
-from agentserve.core.events import BatchScheduled, RequestFinished, SubmitRequest, TokenGenerated
-from agentserve.core.request import FinishReason, SamplingParams, WorkClass
+from agentserve.core.engine import EngineCore, StepResult
+from agentserve.core.events import Foresight, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.runtime.virtual import VirtualDriver
 from agentserve.sim.blocks import VOCABULARY, tokens_of_blocks
 from agentserve.sim.cluster import Cluster, InstanceStep
 from agentserve.sim.metrics import TurnRecord
-from agentserve.sim.programs import Program, Workload
-from agentserve.sim.residency import Residency, ResidencyMeter
+from agentserve.sim.programs import Program, Turn, Workload
+from agentserve.sim.residency import Residency, ResidencyMeter, occupancy_of
+from agentserve.sim.spans import BatchSpan, SpanKeeper, first_spans
 
 _NS_PER_MS = 1e6
-
-
-@dataclass(frozen=True, slots=True)
-class BatchSpan:
-    """A batch on the time line. Times are nanoseconds from the start of the run."""
-
-    lane: Lane
-    partition: str
-    """Label of its partition."""
-    started_ns: int
-    finished_ns: int
-    num_decodes: int
-    num_cold_tokens: int
-    num_resume_tokens: int
-    cold_program_ids: tuple[str, ...]
-    """Programs whose cold prefill it advances."""
-    instance: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +52,7 @@ def simulate(
     *,
     max_batches: int | None = None,
     on_turn: Callable[[], None] = lambda: None,
+    fast_forward: bool = True,
 ) -> SimulatedRun:
     """Runs all programs to their end. The same workload and a driver in the same state give the same run.
 
@@ -77,12 +61,13 @@ def simulate(
         driver: a driver or a cluster without work of its own; its clock may stand anywhere, times count from there.
         max_batches: keep so many batches, the first ones; None keeps all.
         on_turn: called after each call that has ended.
+        fast_forward: book decode steps that are certain in one go; the run is the same without it, and slower.
 
     A call that fails ends its program, and programs that depend on it still start: the record has the error. Raises
     EngineError if the engine stops before all is done.
     """
     engines = driver if isinstance(driver, Cluster) else _Alone(driver)
-    return _Orchestrator(workload, engines, max_batches, on_turn).run()
+    return _Orchestrator(workload, engines, max_batches, on_turn, fast_forward).run()
 
 
 class _Alone:
@@ -103,8 +88,17 @@ class _Alone:
         self._driver.at(at_ns, command)
 
     def step(self) -> Sequence[InstanceStep] | None:
-        result = self._driver.step()
-        return None if result is None else (InstanceStep(0, self._driver.last_completions, result),)
+        return self._taken(self._driver.step())
+
+    def advance(self) -> Sequence[InstanceStep] | None:
+        return self._taken(self._driver.advance())
+
+    def _taken(self, result: StepResult | None) -> Sequence[InstanceStep] | None:
+        if result is None:
+            return None
+        driver = self._driver
+        occupancy = occupancy_of(driver.core.memory)
+        return (InstanceStep(0, driver.clock.now_ns(), driver.last_completions, result, occupancy),)
 
 
 @dataclass(slots=True)
@@ -142,12 +136,19 @@ class _Stream:
 
 class _Orchestrator:
     def __init__(
-        self, workload: Workload, engines: Cluster | _Alone, max_batches: int | None, on_turn: Callable[[], None]
+        self,
+        workload: Workload,
+        engines: Cluster | _Alone,
+        max_batches: int | None,
+        on_turn: Callable[[], None],
+        fast_forward: bool,
     ) -> None:
         self._workload = workload
         self._engines = engines
+        self._advance = engines.advance if fast_forward else engines.step
         self._on_turn = on_turn
         self._start_ns = engines.clock.now_ns()
+        self._tells_future = any(core.config.needs_foresight for core in engines.cores)
         self._sessions: dict[str, _Session] = {}  # by the id of the request under way
         self._num_missing = [len(program.depends_on) for program in workload.programs]
         self._earliest_ns = [self._start_ns] * len(workload.programs)  # for the gaps behind what they depend on
@@ -164,37 +165,40 @@ class _Orchestrator:
         self._prefixes: dict[str, _Stream] = {}
         self._records: list[TurnRecord] = []
         self._instances: list[int] = []
-        self._num_batches_left = max_batches
-        self._batches: dict[tuple[int, int], Batch] = {}  # in flight and wanted, by instance and id
-        self._spans: list[tuple[tuple[int, int, int], BatchSpan]] = []
+        self._spans = tuple(SpanKeeper(index, max_batches) for index in range(len(engines.cores)))
+        self._max_batches = max_batches
         self._meters = tuple(ResidencyMeter(core.memory) for core in engines.cores)
 
     def run(self) -> SimulatedRun:
         self._start_ready(self._start_ns)
         self._post_calls()
-        while (steps := self._engines.step()) is not None:
-            now_ns = self._engines.clock.now_ns() - self._start_ns
+        while (steps := self._advance()) is not None:
             for step in steps:
                 self._take(step)
-                self._meters[step.instance].sample(now_ns)
             self._post_calls()
         is_done = not (self._sessions or self._calls or any(self._num_missing))
         assert is_done, "programs are left, but the engine is done"
         end_ns = self._engines.clock.now_ns() - self._start_ns
         return SimulatedRun(
             records=tuple(self._records),
-            batches=tuple(span for _, span in sorted(self._spans, key=lambda item: item[0])),
+            batches=first_spans(self._spans, self._start_ns, self._max_batches),
             instances=tuple(self._instances),
             residency=tuple(meter.result(end_ns) for meter in self._meters),
             stats=tuple(core.stats() for core in self._engines.cores),
         )
 
     def _take(self, step: InstanceStep) -> None:
-        for output in step.completions:
-            batch = self._batches.pop((step.instance, output.batch_id), None)
-            if batch is not None:
-                key = (output.started_ns, step.instance, output.batch_id)
-                self._spans.append((key, self._span(step.instance, batch, output)))
+        meter, run = self._meters[step.instance], step.result.run
+        self._spans[step.instance].take(step)
+        if run is not None:
+            times_ns = run.ends_ns
+            if self._start_ns:
+                times_ns = tuple([end_ns - self._start_ns for end_ns in times_ns])
+            for request_id, tokens in zip(run.request_ids(), run.tokens, strict=True):
+                session = self._sessions[request_id]
+                session.history += tokens
+                session.token_ns += times_ns
+            meter.sample_run(times_ns[:-1], run.occupancy)
         for event in step.result.events:
             if isinstance(event, TokenGenerated):
                 session = self._sessions[event.request_id]
@@ -203,15 +207,7 @@ class _Orchestrator:
             elif isinstance(event, RequestFinished):
                 self._instances.append(step.instance)
                 self._turn_done(self._sessions.pop(event.request_id), event)
-            elif isinstance(event, BatchScheduled):
-                self._keep(step.instance, event.batch)
-
-    def _keep(self, instance: int, batch: Batch) -> None:
-        if self._num_batches_left is not None:
-            if self._num_batches_left == 0:
-                return
-            self._num_batches_left -= 1
-        self._batches[instance, batch.batch_id] = batch
+        meter.sample(step.now_ns - self._start_ns, step.occupancy)
 
     # ---- programs ----
 
@@ -277,8 +273,25 @@ class _Orchestrator:
                 SamplingParams(max_tokens=turn.output_tokens, temperature=0.0, seed=seed),
                 agent_id=program.program_id,
                 session_id=program.program_id,
+                adapter=program.adapter,
+                tool_name=turn.tool_name,
+                is_last_turn=session.turn_index + 1 == len(program.turns),
+                foresight=self._foresight(session) if self._tells_future else None,
             ),
         )
+
+    def _foresight(self, session: _Session) -> Foresight:
+        """What an oracle is told of a session that is about to make its next call."""
+        turns = session.program.turns[session.turn_index :]
+        return Foresight(
+            gap_ns=round(turns[0].tool_gap_ms * _NS_PER_MS) if len(turns) > 1 else None,
+            next_not_before_ns=self._arrival_ns(turns[1]) if len(turns) > 1 else 0,
+            num_prompt_tokens=sum(turn.append_tokens for turn in turns),
+            num_output_tokens=sum(turn.output_tokens for turn in turns),
+        )
+
+    def _arrival_ns(self, turn: Turn) -> int:
+        return self._start_ns + round((turn.arrival_ms or 0.0) * _NS_PER_MS)
 
     def _turn_done(self, session: _Session, event: RequestFinished) -> None:
         program, turn = session.program, session.program.turns[session.turn_index]
@@ -304,7 +317,7 @@ class _Orchestrator:
         self._on_turn()
         session.turn_index += 1
         if error is None and session.turn_index < len(program.turns):
-            arrival_ns = self._start_ns + round((program.turns[session.turn_index].arrival_ms or 0.0) * _NS_PER_MS)
+            arrival_ns = self._arrival_ns(program.turns[session.turn_index])
             self._call_at(max(event.at_ns + round(turn.tool_gap_ms * _NS_PER_MS), arrival_ns), session)
         else:
             self._program_done(program, event.at_ns)
@@ -318,22 +331,3 @@ class _Orchestrator:
         if self._num_free_agents is not None:
             self._num_free_agents += 1
         self._start_ready(now_ns)
-
-    # ---- batches ----
-
-    def _span(self, instance: int, batch: Batch, output: BatchOutput) -> BatchSpan:
-        num_tokens = {WorkClass.COLD_PREFILL: 0, WorkClass.RESUME_PREFILL: 0, WorkClass.DECODE: 0}
-        for chunk in batch.chunks:
-            num_tokens[chunk.work_class] += chunk.num_tokens
-        cold = [chunk.request_id for chunk in batch.chunks if chunk.work_class is WorkClass.COLD_PREFILL]
-        return BatchSpan(
-            lane=batch.lane,
-            partition=batch.partition.label,
-            started_ns=output.started_ns - self._start_ns,
-            finished_ns=output.finished_ns - self._start_ns,
-            num_decodes=batch.shape.num_decodes,
-            num_cold_tokens=num_tokens[WorkClass.COLD_PREFILL],
-            num_resume_tokens=num_tokens[WorkClass.RESUME_PREFILL],
-            cold_program_ids=tuple(request_id.rpartition("/")[0] for request_id in cold),
-            instance=instance,
-        )

@@ -79,11 +79,14 @@ def draw_residency(result: Result, names: Sequence[str]) -> Figure:
     figure, panels = plt.subplots(len(shown), 1, figsize=size, layout="constrained", sharex=True, squeeze=False)
     for index, (axes, (samples, instance)) in enumerate(zip(panels[:, 0], shown, strict=True)):
         total = instance["kv"]["num_blocks"]
-        seconds = [at_ns / 1e9 for at_ns, _, _ in samples]
-        held = [100.0 * blocks / total for _, blocks, _ in samples]
-        full = [100.0 * (blocks + cached) / total for _, blocks, cached in samples]
+        seconds = [at_ns / 1e9 for at_ns, *_ in samples]
+        held = [100.0 * blocks / total for _, blocks, *_ in samples]
+        full = [100.0 * (blocks + cached) / total for _, blocks, cached, *_ in samples]
         axes.fill_between(seconds, 0.0, held, step="post", color=_DECODE, label="held", linewidth=0)
         axes.fill_between(seconds, held, full, step="post", color="#a9c6de", label="cached", linewidth=0)
+        for place, tier in enumerate(instance["kv"]["tiers"], start=3):
+            used = [100.0 * sample[place] / tier["num_blocks"] for sample in samples]
+            axes.step(seconds, used, where="post", label=f"{tier['tier']} tier", **_style(place - 2))
         axes.set_ylim(0.0, 100.0)
         axes.set_ylabel(f"instance {index}\n% of blocks" if len(shown) > 1 else "% of KV blocks")
         axes.margins(x=0.0)

@@ -91,6 +91,8 @@ class Program:
     """For each of `depends_on`, from the end of that program to the start of this one; empty: none."""
     block_tokens: int = 0
     """Tokens in a block of `Turn.block_ids`. 0: no turn has blocks."""
+    adapter: str | None = None
+    """The LoRA adapter that its calls are for."""
 
     def __post_init__(self) -> None:
         _check_name("program_id", self.program_id)
@@ -102,6 +104,8 @@ class Program:
         if self.arrival_ms is not None:
             _check_duration("arrival_ms", self.arrival_ms)
         _check_name("role", self.role)
+        if self.adapter is not None:
+            _check_name("adapter", self.adapter)
 
     def _check_prefix(self) -> None:
         if self.prefix_id is not None:

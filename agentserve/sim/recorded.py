@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agentserve.core.batch import BatchOutput
 from agentserve.core.events import SubmitRequest
 from agentserve.errors import WorkloadError
 from agentserve.runtime.recording import Header, Recording
@@ -106,7 +107,7 @@ def _calls(recording: Recording) -> list[_Call]:
     calls: dict[str, _Call] = {}
     for step in recording.steps():
         for output in step.completions:
-            for sample in output.samples:
+            for sample in output.samples if isinstance(output, BatchOutput) else ():
                 call = calls.get(sample.request_id)
                 if call is not None and not call.is_done:
                     call.token_ns.append(step.now_ns)

@@ -5,9 +5,10 @@ The result of one simulation:
     digest, parameters, conditions, workload, notes      what was simulated
     summary          `agentserve.sim.metrics.Summary` of what the clients saw
     recorded         the same of the recording that the workload was taken from, or null
+    mechanism        what the policies did, and why the run must not be compared, if so
     num_preemptions, routing, instances                  what the engines and the router did
     calls            columns over all calls: program_id, turn, instance, sent_ns, ..., for plots and for a closer look
-    residency        for each instance [ns, blocks held, blocks cached] over time
+    residency        for each instance [ns, blocks held, blocks cached, blocks in each lower tier] over time
     lanes            the first batches: [instance, lane, started_ns, finished_ns, decodes, cold, resume tokens]
 
 There are no time stamps and nothing of the machine in it: the same inputs give the same bytes.
@@ -23,6 +24,7 @@ from rich.table import Table
 
 from agentserve.sim.cells import flag
 from agentserve.sim.cluster import RoutingCounts
+from agentserve.sim.mechanism_check import mechanism_check
 from agentserve.sim.metrics import TurnRecord, summarize
 from agentserve.sim.orchestrator import SimulatedRun
 from agentserve.sim.sweep import Plan, Result
@@ -51,6 +53,7 @@ def result_of(plan: Plan, run: SimulatedRun, counts: RoutingCounts) -> dict[str,
         "summary": summarize(run.records).to_json(),
         "recorded": None if plan.recorded is None else summarize(plan.recorded).to_json(),
         "num_preemptions": sum(stats.num_preemptions for stats in run.stats),
+        "mechanism": mechanism_check(plan.header.config, run.stats).to_json(),
         "routing": counts.to_json(),
         "instances": [_instance(run, index) for index in range(len(run.stats))],
         "calls": _calls(run),
@@ -174,13 +177,32 @@ def table(results: Sequence[Result], names: Sequence[str]) -> Table:
     return made
 
 
+def is_comparable(result: Result, names: Sequence[str]) -> bool:
+    """Whether a result may stand beside others that differ in `names`: not if a policy is compared that never fired."""
+    return result["mechanism"]["why_not"] is None or not {"policy", "order", "protect_anchors"}.intersection(names)
+
+
+def refusals(results: Sequence[Result], names: Sequence[str]) -> list[str]:
+    """Why results are not compared, or say nothing about their policy: a sentence each."""
+    lines = []
+    for result in results:
+        label = ", ".join(f"{flag(name)[2:]} {result['parameters'][name]}" for name in names)
+        if result["mechanism"]["why_not"] is not None:
+            what = "says nothing about its policy" if is_comparable(result, names) else "not compared"
+            lines.append(f"{label or result['workload']['title']}: {what}, {result['mechanism']['why_not']}")
+    return lines
+
+
 def row(result: Result, names: Sequence[str]) -> list[str]:
-    """The cells of one line of the table."""
+    """The cells of one line of the table; without numbers if they must not be compared."""
     summary = result["summary"]
     shown = [result["parameters"][name] for name in names] or [result["workload"]["title"]]
     mean, peak = kv_use(result)
+    labels = ["-" if value is None else str(value) for value in shown]
+    if not is_comparable(result, names):
+        return [*labels, *["-"] * (len(COLUMNS) + 5)]
     return [
-        *("-" if value is None else str(value) for value in shown),
+        *labels,
         *(_text(number(summary, column), column.digits) for column in COLUMNS),
         _text(hit_rate(summary), 1, 100.0),
         str(result["num_preemptions"]),

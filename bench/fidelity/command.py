@@ -15,11 +15,12 @@ from rich.console import Console
 
 from agentserve.profiles import load_profile
 from agentserve.sim.recorded import read_recording
+from bench.fidelity.calibrated import score_both
 from bench.fidelity.live import LiveCell, LiveRuns, measure_profile
 from bench.fidelity.observed import Observation
 from bench.fidelity.report import draw, print_report
 from bench.fidelity.score import score
-from bench.fidelity.steps import batch_times
+from bench.fidelity.steps import read_batches
 from bench.load.errors import BenchError
 from bench.load.results import conditions
 from bench.load.workloads import WorkloadSpec
@@ -51,7 +52,8 @@ def main(argv: Sequence[str]) -> int:
         failures: list[str] = []
     else:
         observations, failures, shared = _measure(arguments, console)
-    result = {"conditions": {**shared, "failures": failures}, **score(observations)}
+    scored = score_both(observations) if arguments.calibration_seed else score(observations)
+    result = {"conditions": {**shared, "failures": failures}, **scored}
     _write(result, arguments.out, console)
     return int(bool(failures))
 
@@ -82,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--serve-options", default="", metavar="'...'", help="further options of the daemon")
     parser.add_argument("--rounds", type=int, metavar="N", help="live runs of each cell (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of workloads and prompts")
+    parser.add_argument(
+        "--calibration-seed", type=int, action="append", metavar="N",
+        help="run each cell with this seed, too, fit a profile to these runs, and predict the others with it; "
+        "repeatable",
+    )  # fmt: skip
     parser.add_argument("--timeout-s", type=float, metavar="S", help="a call that takes longer fails (default: 600)")
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="keep recordings, which hold all prompts, and logs of the daemons here"
@@ -92,10 +99,14 @@ def _parser() -> argparse.ArgumentParser:
 def _check(arguments: argparse.Namespace) -> None:
     """Raises BenchError for options that would have no effect and values that make no sense."""
     live = ("workload", "kv_cache_memory", "profile", "model", "serve_options", "rounds", "timeout_s", "keep")
+    live += ("calibration_seed",)
     if arguments.recording and (given := [name for name in live if getattr(arguments, name)]):
         raise BenchError(f"--{given[0].replace('_', '-')} is for live runs, and --recording makes none")
     if arguments.rounds is not None and arguments.rounds < 1:
         raise BenchError(f"--rounds must be at least 1, not {arguments.rounds}")
+    seeds = [*(arguments.calibration_seed or ()), arguments.seed]
+    if len(set(seeds)) < len(seeds):
+        raise BenchError(f"--calibration-seed must differ from each other and from --seed {arguments.seed}")
     if arguments.out.exists() and not arguments.out.is_dir():
         raise BenchError(f"cannot write to {arguments.out}: it is not a directory")
 
@@ -128,6 +139,7 @@ def _measure(arguments: argparse.Namespace, console: Console) -> tuple[list[Obse
             serve_options=[*model_options, *shlex.split(arguments.serve_options)],
             rounds=2 if arguments.rounds is None else arguments.rounds,
             seed=arguments.seed,
+            calibration_seeds=arguments.calibration_seed or (),
             directory=directory,
             timeout_s=600.0 if arguments.timeout_s is None else arguments.timeout_s,
             console=console,
@@ -142,14 +154,14 @@ def _measure(arguments: argparse.Namespace, console: Console) -> tuple[list[Obse
 def _of_recording(path: Path, seed: int) -> Observation:
     """A recording as a run of its own: arrivals and gaps as recorded, times as the engine had them."""
     traffic = read_recording(path, seed=seed)
-    batches, notes = batch_times(path)
+    recorded, notes = read_batches(path)
     return Observation(
         cell=path.name,
         round=0,
         header=traffic.header,
         workload=traffic.workload,
         records=traffic.records,
-        batches=batches,
+        recorded=recorded,
         notes=(*traffic.workload.notes, *notes),
     )
 

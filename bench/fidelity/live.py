@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 
 from agentserve.errors import AgentServeError
-from bench.fidelity.observed import Observation, observe
+from bench.fidelity.disturbance import DISTURBED_SHARE, Others
+from bench.fidelity.observed import CALIBRATION, HELD_OUT, Observation, observe
 from bench.load.checks import find_doubts
 from bench.load.client import ChatClient
 from bench.load.driver import RunOptions, run_workload
@@ -23,6 +25,8 @@ from bench.load.servers import ServerSpec, running
 from bench.load.workloads import WorkloadSpec
 
 _PROFILE_TIMEOUT_S = 1800.0
+_MAX_TRIES = 3
+"""Of a run that other processes disturb."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +57,37 @@ class LiveRuns:
     """For recordings, which hold all prompts, and logs."""
     timeout_s: float
     console: Console
+    calibration_seeds: Sequence[int] = ()
+    """Further runs of each cell and round, of other programs, to fit a profile to. They take turns with those that are
+    predicted: a machine whose speed wanders is then calibrated in the same minutes."""
 
     async def run(self) -> tuple[list[Observation], list[str]]:
         """Observations, and sentences about runs that failed; the others go on.
 
-        All rounds run the same programs, each on a fresh daemon: what differs between them is the machine. Raises
+        All rounds run the same programs, each on a fresh daemon: what differs between them is the machine. A run that
+        other processes disturb is repeated up to `_MAX_TRIES` times, and the least disturbed one counts. Raises
         BenchError if no run succeeded.
         """
+        roles = [*((seed, CALIBRATION) for seed in self.calibration_seeds), (self.seed, HELD_OUT)]
         observations: list[Observation] = []
         failures: list[str] = []
         for round_index in range(self.rounds):
             # Every other round in reverse: what warms up or wears off over a round favours no cell.
-            for cell in self.cells if round_index % 2 == 0 else reversed(self.cells):
-                title = cell.make(self.seed).title
+            forwards = round_index % 2 == 0
+            runs = [(cell, seed, role) for cell in self.cells for seed, role in roles]
+            for cell, seed, role in runs if forwards else reversed(runs):
+                title = f"{cell.make(seed).title}, {role}"
                 started_s = time.monotonic()
                 try:
-                    observations.append(await self._run_cell(cell, round_index))
+                    observations.append(await self._run_undisturbed(cell, round_index, seed, role))
                 except (AgentServeError, OSError) as error:
                     failures.append(f"round {round_index}, {title}: {error}")
                     self.console.print(f"! {failures[-1]}", style="red", markup=False)
                 else:
                     self.console.print(
                         f"round {round_index}, {title}: {len(observations[-1].records)} calls, "
-                        f"{time.monotonic() - started_s:.1f} s with the daemon's start",
+                        f"{time.monotonic() - started_s:.1f} s with the daemon's start, other processes used "
+                        f"{observations[-1].others_share or 0.0:.1%} of the processor",
                         highlight=False,
                         markup=False,
                     )
@@ -83,25 +95,43 @@ class LiveRuns:
             raise BenchError("no run succeeded:\n" + "\n".join(failures))
         return observations, failures
 
-    async def _run_cell(self, cell: LiveCell, round_index: int) -> Observation:
-        named = cell.make(self.seed)
-        recording = self.directory / f"recording-{self.cells.index(cell)}-{round_index}.jsonl"
-        prompt_seed = f"{self.seed}/{named.workload.name}"
+    async def _run_undisturbed(self, cell: LiveCell, round_index: int, seed: int, role: str) -> Observation:
+        tries: list[Observation] = []
+        while len(tries) < _MAX_TRIES:
+            name = f"recording-{self.cells.index(cell)}-{round_index}-{seed}-{len(tries)}.jsonl"
+            tries.append(await self._run_cell(cell, round_index, seed, self.directory / name))
+            if (tries[-1].others_share or 0.0) <= DISTURBED_SHARE:
+                break
+        best = min(tries, key=lambda observation: observation.others_share or 0.0)
+        notes = list(best.notes)
+        if len(tries) > 1:
+            shares = ", ".join(f"{observation.others_share or 0.0:.1%}" for observation in tries)
+            notes.append(
+                f"{best.cell}, round {round_index}, seed {seed}: other processes used {shares} of the processor; the "
+                "least disturbed of these runs counts"
+            )
+        return dataclasses.replace(best, role=role, notes=tuple(notes))
+
+    async def _run_cell(self, cell: LiveCell, round_index: int, seed: int, recording: Path) -> Observation:
+        named = cell.make(seed)
+        prompt_seed = f"{seed}/{named.workload.name}"
         spec = self._server(cell, recording)
         async with running(spec, {}, self.directory) as server:
             async with ChatClient(server.base_url, timeout_s=self.timeout_s) as client:
                 # Also warms up: no measured call is the first of its kind.
-                endpoint = await Endpoint.prepare(client, spec.info(), seed=self.seed)
+                endpoint = await Endpoint.prepare(client, spec.info(), seed=seed)
+                others = Others(None if server.process is None else server.process.pid)
                 run = await run_workload(
                     named.workload, client, endpoint.calibration, RunOptions(prompt_seed=prompt_seed)
                 )
+                others_share = others.share()
             if run.aborted is not None or server.exit_code is not None:
                 raise ServerFailedError(
                     f"{run.aborted or 'the daemon ended'}; the end of its log:\n{server.log_tail()}"
                 )
         for doubt in (doubts := find_doubts(run, named.workload)):
             self.console.print(f"  ! {doubt}", style="yellow", markup=False)
-        return observe(
+        observation = observe(
             recording,
             cell=named.title,
             round_index=round_index,
@@ -111,6 +141,7 @@ class LiveRuns:
             started_ns=run.started_ns,
             notes=[f"{named.title}, round {round_index}: {doubt}" for doubt in doubts],
         )
+        return dataclasses.replace(observation, others_share=others_share)
 
     def _server(self, cell: LiveCell, recording: Path) -> ServerSpec:
         command = ["{python}", "-m", "agentserve", "serve", "--port", "{port}", "--record", str(recording)]

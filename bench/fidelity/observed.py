@@ -9,15 +9,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agentserve.core.costmodel import DeviceProfile
 from agentserve.core.events import SubmitRequest
+from agentserve.errors import ConfigError
+from agentserve.runtime.recorded_batches import RecordedBatch
 from agentserve.runtime.recording import Header, Recording
 from agentserve.sim.metrics import TurnRecord
 from agentserve.sim.prefixes import group_prefixes, num_common_tokens
 from agentserve.sim.programs import Program, Turn, Workload
-from bench.fidelity.steps import BatchTime, batch_times
+from bench.fidelity.steps import BatchTime, read_batches, timed
 from bench.load.errors import BenchError
 
 _NS_PER_MS = 1e6
+CALIBRATION, HELD_OUT = "calibration", "held out"
+"""Roles of a run: a profile is fitted to it, or only predicts it."""
 
 
 @dataclass(slots=True)
@@ -63,11 +68,30 @@ class Observation:
     """The same programs with the token counts that they really had, and the tool gaps that the client kept."""
     records: tuple[TurnRecord, ...]
     """What is to be predicted."""
-    batches: tuple[BatchTime, ...]
+    recorded: tuple[RecordedBatch, ...]
     """Empty if the recording was made by another version of the control plane; then `notes` says so."""
     outside: tuple[Outside, ...] = ()
     """For each call."""
     notes: tuple[str, ...] = ()
+    fitted: DeviceProfile | None = None
+    """Predicts instead of the profile that the daemon had, which still is what its control plane plans with."""
+    role: str = HELD_OUT
+    """Whether a profile is fitted to it."""
+    others_share: float | None = None
+    """Of the processor, used by other processes during the run."""
+
+    @property
+    def device(self) -> DeviceProfile:
+        """What predicts. Raises ConfigError if the recording has no profile and none was fitted."""
+        device = self.fitted or self.header.device
+        if device is None:
+            raise ConfigError(f"{self.cell}: the recording has no profile of its device")
+        return device
+
+    @property
+    def batches(self) -> tuple[BatchTime, ...]:
+        """Each batch beside what `device` says of it."""
+        return timed(self.recorded, self.device, self.header.model_shape) if self.recorded else ()
 
 
 def engine_calls(recording: Recording) -> list[EngineCall]:
@@ -130,7 +154,7 @@ def observe(
             why = failed or f"{len(seen)} calls were made, but the engine recorded {len(calls)}"
             raise BenchError(f"{cell}, round {round_index}: program {program_id}: {why}")
         joined[program_id] = calls
-    batches, batch_notes = batch_times(path)
+    recorded, batch_notes = read_batches(path)
     return Observation(
         cell=cell,
         round=round_index,
@@ -138,7 +162,7 @@ def observe(
         workload=real_workload(planned, joined, started_ns),
         records=tuple(records),
         # Not those of the calibration of prompts and of the warm-up.
-        batches=tuple(batch for batch in batches if batch.started_ns >= started_ns),
+        recorded=tuple(batch for batch in recorded if batch.started_ns >= started_ns),
         outside=tuple(_outside(planned, by_program, joined, started_ns)),
         notes=(*notes, *batch_notes),
     )

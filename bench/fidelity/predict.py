@@ -34,9 +34,7 @@ def predict(observation: Observation, outside: Outside, *, slowdown: float = 1.0
 
 def _driver(observation: Observation, slowdown: float) -> VirtualDriver:
     header = observation.header
-    if header.device is None:
-        raise ConfigError(f"{observation.cell}: the recording has no profile of its device")
-    slower = dataclasses.replace(header, device=slowed(header.device, slowdown))
+    slower = dataclasses.replace(header, device=slowed(observation.device, slowdown))
     return VirtualDriver(build_core(header), build_instance(slower).executor)
 
 
@@ -54,6 +52,8 @@ def slowed(device: DeviceProfile, slowdown: float) -> DeviceProfile:
         layer_overhead_ns=device.layer_overhead_ns * slowdown,
         sequence_overhead_ns=device.sequence_overhead_ns * slowdown,
         sample_overhead_ns=device.sample_overhead_ns * slowdown,
+        turnaround_ns=round(device.turnaround_ns * slowdown),
+        wake_ns=round(device.wake_ns * slowdown),
     )
 
 

@@ -27,6 +27,8 @@ def print_report(result: Mapping[str, Any], console: Console) -> None:
         console.print(_kinds_table(result["kinds"]))
     for line in _summary_lines(result):
         console.print(line, highlight=False, markup=False)
+    if "calibration" in result:
+        console.print(_sets_table(result["calibration"]["overall"]))
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False)
 
@@ -92,6 +94,21 @@ def _kinds_table(kinds: Sequence[Mapping[str, Any]]) -> Table:
             _percent(row["spread"], signed=False),
             _percent(row["beside"], signed=False),
             "-" if row["idle_before_ms"] is None else f"{row['idle_before_ms']:.2f}",
+        )
+    return table
+
+
+def _sets_table(overall: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title="a profile fitted to the live runs of the calibration set", title_justify="left")
+    table.add_column("set")
+    for title in ("mean absolute error", "largest", "within goal"):
+        table.add_column(title, justify="right")
+    for name, numbers in overall.items():
+        table.add_row(
+            name,
+            _percent(numbers["mean_absolute_error"], signed=False),
+            _percent(numbers["largest_error"], signed=False),
+            f"{numbers['num_within_goal']} of {numbers['num_numbers']}",
         )
     return table
 

@@ -111,6 +111,7 @@ def _cell(title: str, group: Sequence[Observation], outside: Outside) -> dict[st
         "block_size": config.block_size,
         "num_simulated_errors": num_errors,
         "speed_factors": factors,
+        "others_shares": [observation.others_share for observation in group],
         "metrics": {
             metric.key: _compared(metric.key, measured, predicted)
             for metric in (*METRICS, *CLASSES)

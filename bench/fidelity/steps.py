@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agentserve.core.batch import Batch, BatchOutput, Lane
-from agentserve.core.costmodel import CostModel
-from agentserve.core.decision_log import describe
+from agentserve.core.batch import Batch, Lane
+from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
+from agentserve.runtime.recorded_batches import RecordedBatch, ReplayDiffersError, recorded_batches
 from agentserve.runtime.recording import Recording
-from agentserve.runtime.replay import build_core
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +37,42 @@ class BatchTime:
         return self.finished_ns - self.started_ns
 
 
-def batch_times(path: Path) -> tuple[tuple[BatchTime, ...], tuple[str, ...]]:
+def read_batches(path: Path) -> tuple[tuple[RecordedBatch, ...], tuple[str, ...]]:
     """All batches of a recording in the order of their starts, and notes.
 
-    The batches come from a replay: a recording holds what came back, not what was in a batch. No batches and a note if
-    the replay decides otherwise than the recorded daemon did, which had another version of the control plane then, or
-    if there is no profile in the header. Raises RecordingError if the file cannot be read.
+    No batches and a note if the replay decides otherwise than the recorded daemon did, which had another version of the
+    control plane then, or if there is no profile in the header. Raises RecordingError if the file cannot be read.
     """
-    recording = Recording(path)
-    header = recording.header
+    header = Recording(path).header
     if header.device is None or header.model_shape is None:
         return (), ("no times by kind of batch: the recording has no profile of its device",)
-    cost_model = CostModel(header.device, header.model_shape)
-    core = build_core(header)
-    batches: dict[int, Batch] = {}
-    outputs: list[BatchOutput] = []
-    for number, step in enumerate(recording.steps()):
-        try:
-            result = core.step(step.now_ns, step.completions, step.commands)
-            is_same = tuple(describe(result)) == step.decisions
-        except (AssertionError, ValueError, KeyError):
-            is_same = False  # the inputs do not fit the state of this core
-        if not is_same:
-            return (), (f"no times by kind of batch: the replay differs from step {number} on",)
-        batches.update((batch.batch_id, batch) for batch in result.batches)
-        outputs += step.completions
-    return tuple(_times(batches, outputs, cost_model)), ()
+    try:
+        return recorded_batches(path)[1], ()
+    except ReplayDiffersError as error:
+        return (), (f"no times by kind of batch: {error}",)
+
+
+def timed(batches: Iterable[RecordedBatch], device: DeviceProfile, model: ModelShape | None) -> tuple[BatchTime, ...]:
+    """Each batch beside what the cost model gives a simulated one of this shape and place."""
+    assert model is not None, "batches are read only with the shape of the model"
+    cost_model = CostModel(device, model)
+    return tuple(_timed(item, cost_model) for item in batches)
+
+
+def _timed(item: RecordedBatch, cost_model: CostModel) -> BatchTime:
+    batch = item.batch
+    predicted_ns = cost_model.duration_ns(batch.shape, batch.lane, batch.partition, batch.co_running)
+    if item.stood_still_ns is not None:
+        predicted_ns += cost_model.device.wake_ns_after(item.stood_still_ns)
+    return BatchTime(
+        kind=kind_of(batch),
+        lane=batch.lane,
+        started_ns=item.started_ns,
+        finished_ns=item.finished_ns,
+        predicted_ns=predicted_ns,
+        idle_before_ns=item.idle_before_ns,
+        beside=item.beside,
+    )
 
 
 def kind_of(batch: Batch) -> str:
@@ -78,40 +86,6 @@ def kind_of(batch: Batch) -> str:
         what = "prefill"
     other = "decode" if batch.lane is Lane.PREFILL else "prefill"
     return f"{what}, beside {other}" if batch.co_running else f"{what}, alone"
-
-
-def _times(batches: dict[int, Batch], outputs: Sequence[BatchOutput], cost_model: CostModel) -> Iterable[BatchTime]:
-    busy = {lane: sorted((o.started_ns, o.finished_ns) for o in outputs if o.lane is lane) for lane in Lane}
-    before: dict[Lane, tuple[int, frozenset[str]]] = {}
-    for output in sorted(outputs, key=lambda output: (output.started_ns, output.batch_id)):
-        batch, lane = batches[output.batch_id], output.lane
-        members = frozenset(chunk.request_id for chunk in batch.chunks)
-        idle_ns = None
-        if lane in before and members & before[lane][1]:
-            idle_ns = max(0, output.started_ns - before[lane][0])
-        before[lane] = (output.finished_ns, members)
-        other = Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL
-        duration_ns = max(1, output.finished_ns - output.started_ns)
-        yield BatchTime(
-            kind=kind_of(batch),
-            lane=lane,
-            started_ns=output.started_ns,
-            finished_ns=output.finished_ns,
-            predicted_ns=cost_model.duration_ns(batch.shape, lane, batch.partition, batch.co_running),
-            idle_before_ns=idle_ns,
-            beside=_overlap_ns(busy[other], output.started_ns, output.finished_ns) / duration_ns,
-        )
-
-
-def _overlap_ns(spans: Sequence[tuple[int, int]], start_ns: int, end_ns: int) -> int:
-    """How much of a time lies within spans, which are sorted and do not overlap each other."""
-    total = 0
-    for index in range(max(0, bisect.bisect_left(spans, (start_ns, 0)) - 1), len(spans)):
-        first, last = spans[index]
-        if first >= end_ns:
-            break
-        total += max(0, min(last, end_ns) - max(first, start_ns))
-    return total
 
 
 def speed_factor(batches: Sequence[BatchTime]) -> float | None:

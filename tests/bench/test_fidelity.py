@@ -12,27 +12,28 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from agentserve.core.batch import BatchOutput
-from agentserve.core.costmodel import CostModel
-from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, SubmitRequest
 from agentserve.errors import ConfigError
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from agentserve.runtime.recording import Header, Recorder
-from agentserve.runtime.replay import build_core
-from agentserve.runtime.virtual import VirtualDriver
 from agentserve.sim.metrics import TurnRecord
-from agentserve.sim.orchestrator import simulate
 from agentserve.sim.programs import Program, Turn, Workload
+from bench.fidelity.calibrated import score_both
 from bench.fidelity.live import LiveCell, LiveRuns
-from bench.fidelity.observed import EngineCall, Observation, Outside, median_outside, observe, real_workload
+from bench.fidelity.observed import (
+    CALIBRATION,
+    EngineCall,
+    Observation,
+    Outside,
+    median_outside,
+    observe,
+    real_workload,
+)
 from bench.fidelity.predict import predict, slowed
 from bench.fidelity.report import print_report
 from bench.fidelity.score import score
-from bench.fidelity.steps import batch_times, by_kind, speed_factor
+from bench.fidelity.steps import by_kind, read_batches, speed_factor
 from bench.load.cli import main
 from bench.load.errors import BenchError
 from bench.load.workloads import WorkloadSpec
+from tests.bench.recorded_runs import record_run
 from tests.core import builders
 
 MS = 1_000_000
@@ -41,36 +42,6 @@ OUTSIDE = Outside(send_ns=3 * MS, receive_ns=2 * MS, tail_ns=4 * MS, turnaround_
 TURNS = (Turn(40, 5, 30.0), Turn(12, 6, 1.0), Turn(7, 4))
 PROGRAMS = (Program("a", TURNS), Program("b", TURNS[1:]), Program("c", TURNS[:2]))
 PLANNED = Workload("w", PROGRAMS, 2, 0)
-
-
-def record_run(path: Path, workload: Workload, *, slowdown: float = 1.0, header: Header | None = None) -> Any:
-    """Simulates a workload and writes it down as a daemon does, with sessions as the load driver calls them."""
-    header = header or builders.header(**ENGINE)
-    assert header.model_shape is not None
-    device = slowed(header.device or builders.device_profile(), slowdown)
-    executor = SimulatedExecutor(
-        CostModel(device, header.model_shape),
-        num_blocks=header.config.num_blocks,
-        block_size=header.config.block_size,
-        vocabulary=range(100, 120),
-        lookahead=header.config.decode_lookahead,
-    )
-    driver = VirtualDriver(build_core(header), executor)
-    recorder = Recorder(path, header)
-    step = driver.core.step
-
-    def recorded(now_ns: int, completions: Sequence[BatchOutput], commands: Sequence[Command]) -> StepResult:
-        named = [
-            dataclasses.replace(c, session_id=f"S/{c.session_id}") for c in commands if isinstance(c, SubmitRequest)
-        ]
-        result = step(now_ns, completions, named)
-        recorder.write(now_ns, completions, named, result)
-        return result
-
-    driver.core.step = recorded  # type: ignore[method-assign]
-    run = simulate(workload, driver)
-    recorder.close()
-    return run.records
 
 
 def observed(
@@ -202,13 +173,13 @@ def test_no_batches_are_better_than_wrong_ones(tmp_path: Path) -> None:
     lines = (tmp_path / "run.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     changed = tmp_path / "changed.jsonl"
     changed.write_text("".join(lines).replace(" decode split", " prefill split").replace("cached=0", "cached=4"))
-    batches, (note,) = batch_times(changed)
+    batches, (note,) = read_batches(changed)
     assert batches == () and "the replay differs from step 0 on" in note
     record_run(tmp_path / "bare.jsonl", PLANNED, header=builders.header(**ENGINE))
     header, _, rest = (tmp_path / "bare.jsonl").read_text(encoding="utf-8").partition("\n")
     bare = json.dumps({**json.loads(header), "device": None}) + "\n" + rest
     (tmp_path / "bare.jsonl").write_text(bare, encoding="utf-8")
-    assert batch_times(tmp_path / "bare.jsonl")[1] == (
+    assert read_batches(tmp_path / "bare.jsonl")[1] == (
         "no times by kind of batch: the recording has no profile of its device",
     )
 
@@ -305,3 +276,20 @@ async def test_a_daemon_that_does_not_start_is_a_failure_with_its_words(tmp_path
     assert cell.make(0).title == "react (1 agents, 1 programs, scale 0.02), KV 64MiB"
     with pytest.raises(BenchError, match=r"(?s)no run succeeded:\nround 0, react .*ended with exit code \d"):
         await live_runs(tmp_path, cells=[cell]).run()  # there is no such profile
+
+
+# ---- a calibration set ----
+
+
+def test_a_profile_is_fitted_to_some_runs_and_predicts_the_others(tmp_path: Path) -> None:
+    runs = [observed(tmp_path, slowdown=1.5, round_index=index) for index in range(2)]
+    result = score_both([dataclasses.replace(runs[0], role=CALIBRATION), runs[1]])
+    overall = result["calibration"]["overall"]
+    assert list(overall) == ["calibration set", "held out", "held out, profile as given"]
+    # The given profile is that of a device that is half as fast again: every time is a third short.
+    assert overall["held out, profile as given"]["bias_by_metric"]["tpot_mean_ms"] == pytest.approx(-1 / 3, abs=0.01)
+    assert overall["held out"]["mean_absolute_error"] < 0.02
+    assert result["overall"]["predicted"] == overall["held out"]
+    assert "held out, profile as given" in text_of(result)
+    with pytest.raises(BenchError, match="a calibration and a held-out run must have succeeded"):
+        score_both(runs)

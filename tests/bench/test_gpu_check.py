@@ -206,6 +206,20 @@ def test_a_dry_run_walks_through_a_part(tmp_path: Path) -> None:
     assert {row["held"] for row in document["targets"]} == {None}
 
 
+def test_a_bare_interpreter_learns_what_is_missing(tmp_path: Path) -> None:
+    """Nothing but the standard library (-S: no site-packages): every part is left out, with the reason, and kept."""
+    command = [sys.executable, "-S", "-m", "bench.gpu.check", str(tmp_path), "--dry-run"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    assert result.stderr == ""
+    assert "no tokenizer for the model could be written: No module named" in result.stdout
+    document = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))
+    assert list(document["parts"]) == [part.name for part in PARTS]
+    for name, entry in document["parts"].items():
+        assert entry["status"] == "skipped" and entry["why"].startswith("these modules are missing: torch")
+        assert f"== {name}: skipped, {entry['why']}" in result.stdout
+
+
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bench.gpu.surroundings.has_gpu", lambda: False)
     assert main(["out"]) == 2

@@ -22,6 +22,9 @@ from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import build_partition_table
 from agentserve.models.registry import resolve_model
 from agentserve.profiles import load_document, load_profile
+from agentserve.sim.programs import Program, Turn, Workload
+from tests.bench.recorded_runs import record_run
+from tests.core import builders
 from tests.models.builders import save_tiny_model
 
 FULL = ("--executor", "simulated", "--gpu", "rtx-4090", "--model", "qwen2.5-7b")
@@ -112,6 +115,51 @@ def test_a_real_model_is_measured(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert document.profile.bandwidth_bytes_per_s > 0
     assert {residual.kind for residual in document.residuals} == {"decode", "prefill", "mixed"}
     assert "measuring " in capsys.readouterr().err
+
+
+def recording(tmp_path: Path) -> Path:
+    """Of a daemon with simulated timing."""
+    turns = (Turn(40, 9, 200.0), Turn(12, 6, 300.0), Turn(7, 12))
+    workload = Workload("w", (Program("a", turns), Program("b", turns)), 1, 0)
+    path = tmp_path / "run.jsonl"
+    header = builders.header(num_blocks=256, max_model_len=512, decode_lookahead=1)
+    record_run(path, workload, header=header, device=builders.device_profile(turnaround_ns=700_000))
+    return path
+
+
+def test_recordings_alone_make_a_profile(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "mine.json"
+    assert profile("--recording", recording(tmp_path), "--no-grid", "--out", out) == 0
+    document = load_document(str(out))
+    assert document.profile.turnaround_ns == 700_000
+    assert document.profile.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert (document.profile.name, document.origin.provenance, document.origin.model) == ("mine", "estimated", "test")
+    assert document.origin.command == "agentserve profile --recording run.jsonl --no-grid"
+    assert document.origin.source.endswith(" samples of recorded batches")
+    assert ["decode", "whole"] in [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_recordings_of_another_model_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = recording(tmp_path)
+    message = error_of(capsys, *SIMULATED, "--recording", path, "--out", tmp_path / "mine.json")
+    assert message.endswith("run.jsonl was recorded with another model than qwen2.5-7b")
+    missing = error_of(capsys, *SIMULATED, "--recording", tmp_path / "no.jsonl", "--out", tmp_path / "mine.json")
+    assert "cannot read" in missing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-grid"], "--no-grid needs --recording"),
+        (["--no-grid", "--recording", "x", "--quick"], "--quick is for a measurement, and --no-grid makes none"),
+        (["--no-grid", "--recording", "x", "--max-num-seqs", "4"], "--max-num-seqs is for a measurement"),
+        (["--no-grid", "--recording", "x", "qwen2.5-7b"], "a model is for a measurement"),
+    ],
+)
+def test_what_needs_a_measurement_is_refused_without_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: Sequence[str], message: str
+) -> None:
+    assert message in error_of(capsys, *arguments, "--out", tmp_path / "mine.json")
 
 
 @pytest.mark.parametrize(("share", "said"), [(0.31, True), (0.01, False)])

@@ -220,7 +220,7 @@ def recording(tmp_path: Path) -> Path:
         Program("a", (Turn(60, 8, 300.0), Turn(12, 5)), arrival_ms=0.0),
         Program("b", (Turn(90, 6),), arrival_ms=20.0),
     )
-    simulate(Workload("w", programs, None), driver)
+    simulate(Workload("w", programs, None), driver, fast_forward=False)
     recorder.close()
     return path
 
@@ -275,14 +275,19 @@ def test_it_needs_no_torch(tmp_path: Path) -> None:
 
 def test_every_option_has_an_effect() -> None:
     """Each changes the plan: none is accepted and ignored."""
-    base = {"workload": "react", "instances": "2", "overload": "move", "controller": "static"}
+    base = {
+        "workload": "react", "instances": "2", "overload": "move", "controller": "static", "kv_offloading_size": "2",
+        "cxl_size": "2",
+    }  # fmt: skip
     others = {
         "workload": "plan_execute", "agents": "3", "programs": "5", "scale": "0.5", "rate": "2", "tools": "swe-bench",
         "seed": "1", "gpu": "rtx-4090", "profile": "h100", "model": "qwen2.5-3b", "dtype": "float32",
         "kv_cache_memory": "4GiB", "block_size": "32", "max_model_len": "4096", "instances": "3",
         "router": "round_robin", "overload": "wait", "overload_calls": "3", "link_gb_per_s": "1",
         "scheduler": "chunked", "controller": "reactive", "slots": "stream", "tpot_target_ms": "9", "max_num_seqs": "4",
-        "max_num_batched_tokens": "512", "prefill_chunk": "64",
+        "max_num_batched_tokens": "512", "prefill_chunk": "64", "kv_offloading_size": "8", "cxl_size": "4",
+        "host_link_gb_per_s": "9", "cxl_link_gb_per_s": "9", "kv_write_back": "on_evict",
+        "policy": "evict_always", "order": "plas", "protect_anchors": "true",
     }  # fmt: skip
     assert set(others) | {"format"} == set(Cell.__dataclass_fields__)
     (plain,) = make_plans(expand(base))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from agentserve.core.executor import Capabilities
 from agentserve.core.slots import build_partition_table
 from agentserve.errors import ConfigError
 from agentserve.executors.pytorch.devices.cpu import CpuDevice, CpuSlot
+from agentserve.executors.pytorch.devices.cuda_runtime import cuda_obstacle
 from agentserve.executors.pytorch.warmup import compile_prefill, hold_activations
 from agentserve.models.loader import load_model
 from agentserve.models.registry import ModelSource, resolve_model
@@ -94,7 +96,7 @@ def test_the_largest_batch_runs_once_in_every_slot_of_the_table() -> None:
 
 def test_a_prompt_of_each_size_runs_before_the_first_one_comes() -> None:
     executor = simulated(num_blocks=8, block_size=4)
-    sizes: list[int] = []
+    chunks: list[tuple[int, int]] = []
     submit, poll = executor.submit, executor.poll
 
     class Recording:
@@ -105,11 +107,43 @@ def test_a_prompt_of_each_size_runs_before_the_first_one_comes() -> None:
             wake()
 
         def submit(self, batch: Batch, now_ns: int) -> None:
-            sizes.append(batch.num_tokens)
+            chunks.extend((chunk.start, chunk.num_tokens) for chunk in batch.chunks)
             submit(batch, now_ns)
 
         def poll(self, now_ns: int) -> list[BatchOutput]:
             return poll(10**12)
 
-    compile_prefill(Recording(), build_partition_table(8, 1, 1), (2, 16, 100))  # type: ignore[arg-type]
-    assert sizes == [2, 16, 32]  # no more than the pool holds
+    compile_prefill(Recording(), build_partition_table(8, 1, 1), (2, 16, 100), max_model_len=64)  # type: ignore[arg-type]
+    # Each from the beginning and behind the longest prefix; no more than the 32 tokens that the pool holds.
+    assert chunks == [(0, 2), (30, 2), (0, 16), (16, 16), (0, 32)]
+
+
+def test_workspaces_of_cublas_go_to_who_comes_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They belong to a thread and a stream: those that are made by the first walk are given to the lanes."""
+    device = CountingDevice()
+    calls: list[str] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: calls.append("cleared"), raising=False)
+    try:
+        table = build_partition_table(device.compute_units, 1, 1)
+        model = load_model(ModelSource("tiny", None, None, TINY), load_format="dummy")
+        hold_activations(model, device, table, max_num_batched_tokens=4, max_num_seqs=2)
+        assert calls == []  # a CPU has none
+        device.torch_device = torch.device("cuda")
+        monkeypatch.setattr("agentserve.executors.pytorch.warmup._largest", lambda *_: lambda: calls.append("ran"))
+        hold_activations(model, device, table, max_num_batched_tokens=4, max_num_seqs=2)
+    finally:
+        device.close()
+    assert calls.pop() == "cleared" and set(calls) == {"ran"}
+
+
+def test_hardware_queues_are_asked_for_before_the_gpu_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    seen: list[str | None] = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: bool(seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")))
+    )
+    assert "torch sees no GPU" in str(cuda_obstacle())
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # somebody has chosen
+    cuda_obstacle()
+    assert seen == ["32", "1"]

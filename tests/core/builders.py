@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agentserve.config import ControlConfig, EngineConfig
+from agentserve.config import ControlConfig, EngineConfig, TieringConfig
 from agentserve.core.batch import Batch, BatchOutput, TokenSample
 from agentserve.core.costmodel import Contention, CostModel, DeviceProfile, ModelShape
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import RequestFinished, SubmitRequest
 from agentserve.core.request import SamplingParams
+from agentserve.executors.simulated.constrained import ConstrainedTokens
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.runtime.recording import Header
 from agentserve.runtime.replay import build_core
@@ -102,9 +103,21 @@ def cost_model(**values: Any) -> CostModel:
     return CostModel(device_profile(**values), model_shape())
 
 
-def simulated(num_blocks: int = 64, block_size: int = 4, lookahead: int = 1) -> SimulatedExecutor:
+def simulated(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    lookahead: int = 1,
+    tiering: TieringConfig | None = None,
+    constrained: ConstrainedTokens | None = None,
+) -> SimulatedExecutor:
     return SimulatedExecutor(
-        cost_model(), num_blocks=num_blocks, block_size=block_size, vocabulary=range(100, 120), lookahead=lookahead
+        cost_model(),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        vocabulary=range(100, 120),
+        lookahead=lookahead,
+        tiering=tiering,
+        constrained=constrained,
     )
 
 
@@ -112,7 +125,8 @@ def virtual(**values: Any) -> VirtualDriver:
     engine = core(**values)
     values_of = engine.config
     return VirtualDriver(
-        engine, simulated(values_of.num_blocks, values_of.block_size, lookahead=values_of.decode_lookahead)
+        engine,
+        simulated(values_of.num_blocks, values_of.block_size, values_of.decode_lookahead, values_of.tiering),
     )
 
 

@@ -28,8 +28,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "chunked": {"scheduler": "chunked", "max_num_batched_tokens": 16},
     "prefill-first": {"scheduler": "prefill-first"},
     "fcfs": {"scheduler": "fcfs"},
+    "ttl": {"policy": "ttl"},
+    "plas": {"order": "plas", "max_num_seqs": 2},
 }
-"""Every controller and every scheduler."""
+"""Every controller, every scheduler, and policies."""
 
 
 def three_agents(driver: VirtualDriver) -> VirtualDriver:

@@ -8,11 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from agentserve.config import CONTROLLERS, PREFILL_ORDERS, SCHEDULERS, SLOTS, ControlConfig
+from agentserve.config import CONTROLLERS, PREFILL_ORDERS, SCHEDULERS, SLOTS, ControlConfig, TierConfig, TieringConfig
 from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.engine import StepResult
 from agentserve.core.events import Command, EndRequest, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.executor import Completion
 from agentserve.core.request import FinishReason, SamplingParams
+from agentserve.core.transfers import Transfer, TransferKind, TransferOutput
 from tests.core.builders import core
 
 WAYS = [
@@ -21,11 +23,30 @@ WAYS = [
 """Every controller with every kind of slots, and the baselines."""
 
 
+TIERINGS = [
+    None,
+    None,
+    TieringConfig(100, (TierConfig("host", 12, 1e9, 1e9),), "incremental", 2),
+    TieringConfig(100, (TierConfig("host", 3, 1e12, 1e12),), "on_evict"),
+    TieringConfig(100, (TierConfig("host", 2, 1e12, 1e12), TierConfig("cxl", 6, 1e12, 1e12)), "on_evict", 3),
+]
+"""Without lower tiers and with: the machine's links are as slow as it likes."""
+
+
+def _copied(transfer: Transfer, error: str | None = None) -> TransferOutput:
+    return TransferOutput(transfer.transfer_id, 0, 1, error)
+
+
 class EngineMachine(RuleBasedStateMachine):
     """A tiny pool (10 blocks of 4), so that exhaustion and preemption happen all the time."""
 
-    @initialize(way=st.sampled_from(WAYS), order=st.sampled_from(PREFILL_ORDERS), lookahead=st.sampled_from([1, 2]))
-    def build(self, way: dict[str, Any], order: str, lookahead: int) -> None:
+    @initialize(
+        way=st.sampled_from(WAYS),
+        order=st.sampled_from(PREFILL_ORDERS),
+        lookahead=st.sampled_from([1, 2]),
+        tiering=st.sampled_from(TIERINGS),
+    )
+    def build(self, way: dict[str, Any], order: str, lookahead: int, tiering: TieringConfig | None) -> None:
         self.core = core(
             num_blocks=10,
             max_model_len=40,
@@ -36,6 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_num_batched_tokens=20,
             prefill_order=order,
             decode_lookahead=lookahead,
+            tiering=tiering,
             **way,
         )
 
@@ -48,9 +70,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.prompts: dict[str, tuple[int, ...]] = {}
         self.texts: dict[str, list[int]] = {}
         self.flying: dict[Lane, list[Batch]] = {}
+        self.copying: list[Transfer] = []
         self.commands: list[Command] = []
 
-    def step(self, outputs: list[BatchOutput]) -> None:
+    def step(self, outputs: list[Completion]) -> None:
         self.now_ns += 1
         commands, self.commands = self.commands, []
         result = self.core.step(self.now_ns, outputs, commands)
@@ -66,7 +89,12 @@ class EngineMachine(RuleBasedStateMachine):
                 assert event.request_id in self.alive, "a token after the end"
                 assert event.output_index == len(self.texts[event.request_id])
                 self.texts[event.request_id].append(event.sample.token_id)
+        self.copying += result.transfers
+        assert len({transfer.link for transfer in self.copying}) == len(self.copying), "two copies at once on one link"
         for batch in result.batches:
+            written = {t.destination_ids for t in self.copying if t.kind is TransferKind.LOAD}
+            used = {block_id for chunk in batch.chunks for block_id in chunk.block_ids}
+            assert not used & set().union(*written), "a batch uses a block that is being loaded"
             before = self.flying.setdefault(batch.lane, [])
             assert len(before) < (self.core.config.decode_lookahead if batch.lane is Lane.DECODE else 1)
             sampling = {c.request_id: c.end for b in before for c in b.chunks if c.sample is not None}
@@ -146,6 +174,12 @@ class EngineMachine(RuleBasedStateMachine):
             outputs.append(BatchOutput(batch.batch_id, lane, started_ns, self.now_ns, () if fails else samples, error))
         self.step(outputs)
 
+    @precondition(lambda self: self.copying)
+    @rule(data=st.data(), fails=st.sampled_from([False] * 4 + [True]))
+    def copied(self, data: st.DataObject, fails: bool) -> None:
+        transfer = self.copying.pop(data.draw(st.integers(0, len(self.copying) - 1)))
+        self.step([_copied(transfer, "made to fail" if fails else None)])
+
     @invariant()
     def consistent(self) -> None:
         if not self.commands:
@@ -156,9 +190,10 @@ class EngineMachine(RuleBasedStateMachine):
         if not hasattr(self, "core"):
             return  # hypothesis gave up before the first rule
         for _ in range(2000):
-            if not (self.alive or any(self.flying.values()) or self.commands):
+            if not (self.alive or any(self.flying.values()) or self.commands or self.copying):
                 break
-            outputs = [
+            outputs: list[Completion] = [_copied(self.copying.pop(0))] if self.copying else []
+            outputs += [
                 BatchOutput(
                     batch.batch_id,
                     lane,

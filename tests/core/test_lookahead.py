@@ -137,3 +137,26 @@ def test_new_decodes_join_the_batch_that_is_made_next() -> None:
 def test_only_one_or_two() -> None:
     with pytest.raises(ConfigError, match="decode_lookahead"):
         config(decode_lookahead=3)
+
+
+def test_nothing_is_looked_ahead_of_a_request_with_a_grammar() -> None:
+    """What it may produce depends on the token that is being sampled. When it has ended, batches are made ahead."""
+    engine = core(decode_lookahead=2, max_model_len=64, max_num_seqs=4)
+    held = request("held", (4, 5, 6), max_tokens=3, constrained=True)
+    result = engine.step(0, [], [request("free", (1, 2, 3)), held])
+    in_flight = list(result.batches)
+    seen: list[tuple[bool, int]] = []  # of each decode batch: whether it holds the request, how many are behind it
+    now = 0
+    while in_flight:
+        head = in_flight.pop(0)
+        if head.lane is Lane.DECODE:
+            num_behind = sum(batch.lane is Lane.DECODE for batch in in_flight)
+            seen.append((any(chunk.request_id == "held" for chunk in head.chunks), num_behind))
+        assert all(chunk.token_ids != (PENDING_TOKEN,) for chunk in head.chunks if chunk.request_id == "held")
+        now += 1
+        result = engine.step(now, [output(head)], [])
+        engine.check_invariants()
+        in_flight += result.batches
+    assert not engine.has_unfinished
+    assert [behind for holds, behind in seen if holds] == [0, 0]  # its first token came with the prompt
+    assert 1 in [behind for holds, behind in seen if not holds]

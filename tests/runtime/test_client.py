@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -142,3 +145,123 @@ async def test_a_dead_engine_ends_every_stream_with_an_error(client: EngineClien
     with pytest.raises(EngineError):
         client.generate([1], PARAMS)
     assert client.num_unfinished == client.num_waiting == 0
+
+
+# ---- grammars ----
+
+
+class Grammars:
+    """What `GrammarMasks` is to a client: remembers which requests are open, and has trouble when it is told to."""
+
+    def __init__(self) -> None:
+        self.opened: list[str] = []
+        self.closed: list[str] = []
+        self.problem: str | None = None
+
+    def open(self, request_id: str, grammar: object) -> None:
+        del grammar
+        self.opened.append(request_id)
+
+    def close(self, request_id: str) -> str | None:
+        self.closed.append(request_id)
+        return self.problem if request_id in self.opened else None
+
+
+GRAMMAR: Any = SimpleNamespace(eos_token_ids=(7,))
+HELD = SamplingParams(max_tokens=4, stop_token_ids=(7, 8))
+
+
+def with_grammars(script: Script, grammars: Any) -> EngineClient:
+    return EngineClient(script, max_model_len=10, max_queued_requests=2, masks=grammars)
+
+
+async def test_a_grammar_is_open_from_the_submission_to_the_end(script: Script) -> None:
+    grammars = Grammars()
+    client = with_grammars(script, grammars)
+    async with client.generate([1], HELD, request_id="a", grammar=GRAMMAR) as stream:
+        (submitted,) = script.posted
+        assert isinstance(submitted, SubmitRequest) and submitted.sampling.constrained
+        assert (grammars.opened, grammars.closed) == (["a"], [])
+        client.dispatch([token("a", 0), end("a")])
+        assert grammars.closed == ["a"]
+        assert [event async for event in stream][-1] == StreamEnd(FinishReason.LENGTH, STATS, None)
+    async with client.generate([1], HELD, request_id="free"):
+        assert not script.posted[-1].sampling.constrained  # type: ignore[union-attr]
+    assert grammars.opened == ["a"]
+
+
+async def test_a_grammar_stays_until_the_engine_is_done_with_a_request_that_was_left(script: Script) -> None:
+    grammars = Grammars()
+    client = with_grammars(script, grammars)
+    async with client.generate([1], HELD, request_id="a", grammar=GRAMMAR):
+        pass
+    assert grammars.closed == []  # the engine may be sampling
+    client.dispatch([RequestFinished("a", 9, FinishReason.CANCELLED, STATS)])
+    assert grammars.closed == ["a"]
+
+
+async def test_an_answer_that_left_its_grammar_is_an_error(script: Script) -> None:
+    grammars = Grammars()
+    grammars.problem = "the grammar could not be followed"
+    client = with_grammars(script, grammars)
+    for reason, expected in ((FinishReason.STOP, FinishReason.ERROR), (FinishReason.LENGTH, FinishReason.LENGTH)):
+        async with client.generate([1], HELD, request_id=reason.value, grammar=GRAMMAR) as stream:
+            client.dispatch([RequestFinished(reason.value, 9, reason, STATS)])
+            event = await anext(stream)
+            assert isinstance(event, StreamEnd)
+            assert event.reason is expected
+            assert (event.error == grammars.problem) == (expected is FinishReason.ERROR)
+
+
+async def test_grammars_that_cannot_be(script: Script, client: EngineClient) -> None:
+    with pytest.raises(InvalidRequestError, match="cannot hold its output"):
+        client.generate([1], HELD, grammar=GRAMMAR)
+    grammars = Grammars()
+    held = with_grammars(script, grammars)
+    with pytest.raises(InvalidRequestError, match="ignore_eos"):
+        held.generate([1], PARAMS, grammar=GRAMMAR)
+    with pytest.raises(InvalidRequestError, match="min_tokens"):
+        held.generate([1], replace(HELD, min_tokens=2), grammar=GRAMMAR)
+    assert (script.posted, grammars.opened) == ([], [])
+    script.down = True
+    with pytest.raises(EngineError):
+        held.generate([1], HELD, request_id="a", grammar=GRAMMAR)
+    assert (grammars.opened, grammars.closed) == (["a"], ["a"])
+
+
+async def test_a_dead_engine_closes_every_grammar(script: Script) -> None:
+    grammars = Grammars()
+    client = with_grammars(script, grammars)
+    client.generate([1], HELD, request_id="a", grammar=GRAMMAR)
+    client.fail_all("the engine failed")
+    assert grammars.closed == ["a"]
+
+
+# ---- consumers that do not read ----
+
+
+async def test_what_is_not_read_is_bounded(script: Script) -> None:
+    client = EngineClient(script, max_model_len=100, max_queued_requests=2, max_unread_tokens=5)
+    async with client.generate([1], SamplingParams(max_tokens=50), request_id="a") as stream:
+        client.dispatch([token("a", index) for index in range(5)])
+        assert len(script.posted) == 1
+        client.dispatch([token("a", index) for index in range(5, 20)])
+        assert script.posted[1:] == [EndRequest("a", FinishReason.CANCELLED)]
+        client.dispatch([RequestFinished("a", 9, FinishReason.CANCELLED, STATS)])
+        event = await anext(stream)
+        assert isinstance(event, StreamTokens)
+        assert [sample.token_id for sample in event.samples] == [100, 101, 102, 103, 104]
+        assert await anext(stream) == StreamEnd(FinishReason.CANCELLED, STATS, None, overflowed=True)
+
+
+async def test_alternatives_count_and_reading_makes_room(script: Script) -> None:
+    client = EngineClient(script, max_model_len=100, max_queued_requests=2, max_unread_tokens=5)
+    top = ((1, -1.0), (2, -2.0))
+    async with client.generate([1], SamplingParams(max_tokens=50, logprobs=2), request_id="a") as stream:
+        for index in range(10):
+            client.dispatch([TokenGenerated("a", index, TokenSample("a", 3, -1.0, top), index)])
+            await anext(stream)
+        assert len(script.posted) == 1
+        # Three each: the second one is too much.
+        client.dispatch([TokenGenerated("a", index, TokenSample("a", 3, -1.0, top), index) for index in (10, 11)])
+        assert script.posted[1:] == [EndRequest("a", FinishReason.CANCELLED)]

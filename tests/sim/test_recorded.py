@@ -51,7 +51,7 @@ def test_a_simulated_run_comes_back_as_it_was(tmp_path: Path) -> None:
     )
     path = tmp_path / "run.jsonl"
     with recorded(path) as driver:
-        simulate(Workload("w", programs, None), driver)
+        simulate(Workload("w", programs, None), driver, fast_forward=False)
     found = recording_workload(path, seed=4)
     assert (found.name, found.num_agents, found.seed) == ("recording", None, 4)
     assert [p.arrival_ms for p in found.programs] == [0.0, 10.0, 20.0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from agentserve.core.memory.eviction import SessionBlocks
 from agentserve.core.memory.radix import RadixNode
 
 NEVER = sys.maxsize
@@ -32,10 +33,15 @@ class Holding:
         "path",
         "publish_at",
         "salt",
+        "session",
     )
 
-    def __init__(self, salt: str | None, path: list[RadixNode], num_cached_tokens: int) -> None:
+    def __init__(
+        self, salt: str | None, path: list[RadixNode], num_cached_tokens: int, session: SessionBlocks | None = None
+    ) -> None:
         self.salt = salt
+        self.session = session
+        """To whom the blocks belong when the request has ended, if that is known."""
         self.path = path
         self.block_ids = [node.block_id for node in path]
         self.block_ids_tuple: tuple[int, ...] | None = None

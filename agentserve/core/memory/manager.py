@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from enum import Enum
 
+from agentserve.config import TieringConfig
+from agentserve.core.memory.answers import Allocation, AllocationOutcome, PrefixLock, PrefixMatch
 from agentserve.core.memory.block import BlockPool
-from agentserve.core.memory.holding import NEVER, Holding, Holdings
+from agentserve.core.memory.checks import check_holdings
+from agentserve.core.memory.eviction import EvictionOrder, SessionBlocks
+from agentserve.core.memory.holding import Holding, Holdings
+from agentserve.core.memory.loads import LoadProgress
+from agentserve.core.memory.modules import AdapterModule
 from agentserve.core.memory.radix import EvictionKey, RadixNode, RadixTree, lru_key
+from agentserve.core.memory.residency import RecomputeCost, Residency
+from agentserve.core.transfers import Transfer, TransferOutput
 from agentserve.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class PrefixMatch:
-    """What the cache holds of a prompt at the moment. Nothing is reserved by asking."""
-
-    num_tokens: int
-    """Ready tokens: whole blocks, and never the last token, since something must be computed to sample from."""
-    num_pending_tokens: int
-    """Further whole blocks directly behind them that another request is computing right now."""
-    pending_owner: str | None
-    """The request that computes the first of them."""
-
-
-class AllocationOutcome(Enum):
-    ALLOCATED = "allocated"
-    OUT_OF_BLOCKS = "out_of_blocks"
-    PENDING_PREFIX = "pending_prefix"
-
-
-@dataclass(frozen=True, slots=True)
-class Allocation:
-    """The answer to `MemoryManager.allocate`."""
-
-    outcome: AllocationOutcome
-    num_cached_tokens: int = 0
-    """When ALLOCATED: tokens whose KV is ready; whole blocks, fewer than were asked for."""
-    pending_owner: str | None = None
-    """When PENDING_PREFIX: who computes the next block."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixLock:
-    """A cached prefix that stays until `MemoryManager.unlock`."""
-
-    lock_id: int
-    num_tokens: int
+__all__ = ["Allocation", "AllocationOutcome", "MemoryManager", "PrefixLock", "PrefixMatch"]
 
 
 class MemoryManager:
@@ -73,6 +43,8 @@ class MemoryManager:
         *,
         enable_prefix_caching: bool = True,
         eviction_key: EvictionKey = lru_key,
+        tiering: TieringConfig | None = None,
+        recompute_ns: RecomputeCost | None = None,
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ConfigError(f"{num_blocks} KV blocks of {block_size} tokens: both numbers must be positive")
@@ -80,10 +52,26 @@ class MemoryManager:
         self.block_size = block_size
         self.num_evicted_blocks = 0
         """Blocks whose content was dropped to make room, since the start."""
+        self.num_dropped_blocks = 0
+        """Blocks that `drop` freed, though nobody needed the room."""
+        self.max_pinned_blocks = num_blocks
+        """Pinned blocks that admissions leave alone at most."""
+        self.num_pin_refusals = 0
+        """Admissions that would have got memory, had no block been pinned."""
+        self.num_pin_yields = 0
+        """Admissions that were allowed to take pinned blocks, because nothing else would have given them memory."""
         self._caching = enable_prefix_caching
         self._pool = BlockPool(num_blocks)
         self._tree = RadixTree(block_size, eviction_key)
         self._holdings = Holdings()
+        self.residency: Residency | None = None
+        """The tiers below the device, if there are any."""
+        self.adapters: AdapterModule | None = None
+        """The LoRA adapters, if there are any."""
+        if tiering is not None:
+            self.residency = Residency(
+                tiering, block_size, rate=self._tree.rate, free_block=self._pool.put, recompute_ns=recompute_ns
+            )
         self._locks: dict[int, list[RadixNode]] = {}
         self._last_lock_id = 0
 
@@ -99,8 +87,25 @@ class MemoryManager:
 
     @property
     def num_available_blocks(self) -> int:
-        """Blocks that an allocation could get: free or evictable."""
-        return self._pool.num_free + self._tree.num_cached
+        """Blocks that an allocation could get at once: free or evictable."""
+        num_available = self._pool.num_free + self._tree.num_cached
+        return num_available if self.residency is None else max(0, num_available - self.residency.num_copying_blocks)
+
+    @property
+    def _num_obtainable_blocks(self) -> int:
+        """Blocks that an admission could get: at once, or when copies to a lower tier are done."""
+        num_leaving = 0 if self.residency is None else self.residency.num_leaving_blocks
+        return self._pool.num_free + self._tree.num_cached + num_leaving
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks that nobody holds, and that stay while anything else can be evicted."""
+        return self._tree.order.num_pinned
+
+    @property
+    def order(self) -> EvictionOrder:
+        """What a policy decides about: which blocks go first."""
+        return self._tree.order
 
     def holds(self, request_id: str) -> bool:
         """Whether the request has been admitted and not been freed since."""
@@ -116,12 +121,26 @@ class MemoryManager:
         )
 
     def allocate(
-        self, request_id: str, token_ids: Sequence[int], *, salt: str | None = None, reserve_blocks: int = 0
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        *,
+        salt: str | None = None,
+        reserve_blocks: int = 0,
+        session: SessionBlocks | None = None,
+        ignore_pins: bool = False,
+        priority: int = 0,
     ) -> Allocation:
         """Admits a request: holds the cached prefix and takes blocks for the rest of `token_ids`, or changes nothing.
 
         `reserve_blocks` free or evictable blocks must remain afterwards, else the outcome is OUT_OF_BLOCKS. It is
         PENDING_PREFIX if the block behind the cached prefix is being computed by another request: try again later.
+
+        What lies in lower tiers behind that prefix, and is loaded sooner than computed, is being loaded from then on,
+        loads of smaller `priority` first; see `finish_transfer`. If blocks have to be copied down before they are free,
+        the outcome is OUT_OF_BLOCKS, too: the copies go on, and the next attempt finds the room.
+
+        The blocks will belong to `session`. Pinned blocks of others are taken with `ignore_pins` only, and then last.
 
         Raises ValueError if the request holds blocks already, if `token_ids` is empty or needs more blocks than
         exist, or if `reserve_blocks` is negative.
@@ -139,20 +158,25 @@ class MemoryManager:
         num_new = num_needed - len(path)
         # Matched nodes that nobody holds are evictable now, but not once this request holds them.
         num_cached_matches = sum(node.num_refs == 0 for node in path)
-        if self.num_available_blocks - num_cached_matches < num_new + reserve_blocks:
+        spare = self._num_obtainable_blocks - num_cached_matches - num_new - reserve_blocks
+        if spare < 0 or (self.num_pinned_blocks and not self._respects_pins(path, spare, ignore_pins)):
             return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
         num_cached_tokens = len(path) * self.block_size
         for node in path:
             self._tree.acquire(node)
-        self._evict_until_free(num_new)
-        holding = Holding(salt, path, num_cached_tokens)
+        if not self._make_room(num_new, may_wait=True):
+            for node in reversed(path):
+                self._tree.release(node)
+            return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
+        holding = Holding(salt, path, num_cached_tokens, session)
         holding.block_ids += self._pool.take(num_new)
         holding.capacity = num_needed * self.block_size
         self._holdings[request_id] = holding
         if self._caching:
             holding.publish_at = num_cached_tokens + self.block_size
             self._register_pending(request_id, holding, token_ids)
-        return Allocation(AllocationOutcome.ALLOCATED, num_cached_tokens=num_cached_tokens)
+        num_loading = self._begin_load(request_id, holding, token_ids, priority)
+        return Allocation(AllocationOutcome.ALLOCATED, num_cached_tokens, num_loading_tokens=num_loading)
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
         """Makes room for `num_tokens` tokens in total. False, and nothing changed, if there are not enough blocks."""
@@ -161,9 +185,8 @@ class MemoryManager:
             return True
         block_ids = holding.block_ids
         num_new = self._ceil_blocks(num_tokens) - len(block_ids)
-        if self.num_available_blocks < num_new:
+        if self.num_available_blocks < num_new or not self._make_room(num_new, may_wait=False):
             return False
-        self._evict_until_free(num_new)
         for _ in range(num_new):
             block_ids.append(self._pool.take_after(block_ids[-1]))
         holding.block_ids_tuple = None
@@ -200,6 +223,43 @@ class MemoryManager:
         if block_ids is None:
             block_ids = holding.block_ids_tuple = tuple(holding.block_ids)
         return block_ids
+
+    # ---- lower tiers ----
+
+    def start_transfers(self) -> list[Transfer]:
+        """The copies between tiers that the executor is to make now."""
+        return [] if self.residency is None else self.residency.start()
+
+    def abort_load(self, request_id: str) -> bool:
+        """Cuts the load of a request short. True if it is over; False if it will be when its next transfer is done."""
+        assert self.residency is not None, "there are no tiers"
+        return self.residency.abort_load(request_id)
+
+    def finish_transfer(self, output: TransferOutput) -> LoadProgress | None:
+        """Books a copy that is done. If a request waits for it: what came of it, to be committed by the caller.
+
+        After the last one the request runs like any other. What did not come it has to compute.
+        """
+        assert self.residency is not None, "there are no tiers"
+        return self.residency.finish(output)
+
+    def _begin_load(self, request_id: str, holding: Holding, token_ids: Sequence[int], priority: int) -> int:
+        """Starts to load what lower tiers have of the prompt, if that is worth it; returns how many tokens."""
+        if self.residency is None:
+            return 0
+        size, first = self.block_size, holding.num_ready_blocks
+        most = (len(token_ids) - 1) // size
+        blocks = (token_ids[index * size : (index + 1) * size] for index in range(first, most))
+        found = self.residency.find(holding.path[first - 1] if first else None, holding.salt, blocks)
+        found = self.residency.worth_loading(found, first * size)
+        if found:
+            self.residency.begin_load(request_id, found, holding.block_ids[first : first + len(found)], priority)
+        return len(found) * size
+
+    def limits(self, request_id: str) -> tuple[int, int]:
+        """The computed tokens at which a `commit` has a block to publish, and the tokens that there are blocks for."""
+        holding = self._holdings[request_id]
+        return holding.publish_at, holding.capacity
 
     def blocks_for(self, request_id: str, num_tokens: int) -> tuple[int, ...] | None:
         """The blocks of the request's first `num_tokens` tokens, extended if need be; None if there are not enough."""
@@ -239,7 +299,9 @@ class MemoryManager:
         """
         holding = self._holdings[request_id]
         del self._holdings[request_id]
-        self._tree.touch(holding.path)
+        self._tree.touch(holding.path, holding.session)
+        if self.residency is not None:
+            self.residency.released(holding.path)
         for index in range(len(holding.block_ids) - 1, -1, -1):
             if holding.is_private(index):
                 self._pool.put(holding.block_ids[index])
@@ -250,53 +312,69 @@ class MemoryManager:
                 else:
                     self._tree.remove(node)
                     self._pool.put(node.block_id)
+        if holding.session is not None and holding.session.is_transient:
+            self.drop(holding.session)
+
+    def session_of(self, token_ids: Sequence[int], *, salt: str | None = None) -> SessionBlocks | None:
+        """Whose history the prompt goes on with: who used the last cached block of it last. None: nobody known."""
+        ready, _ = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
+        node = ready[-1] if ready else None
+        return node.user if node is not None and node.group is not self.order.shared else None
+
+    def drop(self, session: SessionBlocks) -> int:
+        """Frees the private blocks of a session that nobody holds; returns how many."""
+        num_dropped = 0
+        for node in self._tree.evict_group(session.group):
+            self._give_up([node], may_wait=False)
+            num_dropped += 1
+        self.num_dropped_blocks += num_dropped
+        return num_dropped
+
+    def demote(self, session: SessionBlocks) -> int:
+        """Takes the private blocks of a session that nobody holds off the device; returns how many.
+
+        What is worth it and is not in a lower tier yet is copied there first; without tiers this is `drop`.
+        """
+        nodes = list(self._tree.evict_group(session.group))
+        self._give_up(nodes, may_wait=True)
+        return len(nodes)
+
+    def use_policy(self, block_key: EvictionKey, *, protects_anchors: bool, max_pinned_blocks: int) -> None:
+        """Puts a policy in charge of what goes first. Only while nothing is cached."""
+        self.order.block_key = block_key
+        self.order.compare_with_lru()
+        self._tree.protects_anchors = protects_anchors
+        self.max_pinned_blocks = max_pinned_blocks
+
+    def use_lru(self) -> None:
+        """From now on the least recently used block goes first, whatever a policy said before."""
+        self._tree.forget_sessions()
+        for holding in self._holdings.values():
+            holding.session = None
+
+    def _respects_pins(self, path: Sequence[RadixNode], spare: int, ignore_pins: bool) -> bool:
+        """Whether an admission that leaves `spare` evictable blocks may have them, in view of what is pinned."""
+        num_own = sum(node.num_refs == 0 and node.group is not None and node.group.is_pinned for node in path)
+        if spare >= min(self.num_pinned_blocks - num_own, self.max_pinned_blocks):
+            return True
+        if ignore_pins:
+            self.num_pin_yields += 1
+        else:
+            self.num_pin_refusals += 1
+        return ignore_pins
 
     def check_invariants(self) -> None:
         """Raises AssertionError if any count, link or state is wrong. O(blocks + cached tokens): for tests."""
+        used = check_holdings(self._tree, self._holdings, list(self._locks.values()), self.block_size, self._caching)
         self._pool.check_invariants()
-        self._tree.check_invariants()
-        nodes = list(self._tree.nodes())
-        refs: Counter[RadixNode] = Counter()
-        for path in self._locks.values():
-            assert all(node.is_ready for node in path), "a lock holds a pending block"
-            refs.update(path)
-        used = [node.block_id for node in nodes]
-        num_pending = 0
-        for request_id, holding in self._holdings.items():
-            num_pending += self._check_holding(request_id, holding)
-            refs.update(holding.path)
-            used += [block_id for index, block_id in enumerate(holding.block_ids) if holding.is_private(index)]
-        for node in nodes:
-            assert node.num_refs == refs.pop(node, 0), f"block {node.block_id}: wrong reference count"
-        assert not refs, "a node is held that is not in the tree"
-        assert num_pending == sum(not node.is_ready for node in nodes), "a pending block has no living owner"
+        if self.adapters is not None:
+            self.adapters.check_invariants()
+        if self.residency is not None:
+            self.residency.check_invariants()
+            used += self.residency.leaving_block_ids()
         assert len(used) == len(set(used)), "a block has two owners"
         assert not any(self._pool.is_free(block_id) for block_id in used), "a block is free and in use"
         assert self.num_free_blocks + len(used) == self.num_blocks, "a block was lost"
-
-    def _check_holding(self, request_id: str, holding: Holding) -> int:
-        """Checks one request; returns how many pending nodes it owns."""
-        parent: RadixNode | None = None
-        num_pending = 0
-        for index, node in enumerate(holding.path):
-            assert self._tree.child(parent, holding.salt, node.key) is node, f"{request_id!r} holds a broken path"
-            assert node.owner in (None, request_id), f"{request_id!r} holds a block that {node.owner!r} computes"
-            if node.owner is not None:
-                num_pending += 1
-                assert index >= holding.num_ready_blocks, f"{request_id!r} committed a block that is pending"
-                assert node.num_refs == 1, f"pending block {node.block_id} is shared"
-                assert node.block_id == holding.block_ids[index], f"pending block {node.block_id} is not its owner's"
-            parent = node
-        assert len(holding.path) <= len(holding.block_ids), f"{request_id!r} holds more nodes than blocks"
-        if self._caching:
-            num_full = holding.num_computed_tokens // self.block_size
-            assert holding.num_ready_blocks == num_full <= len(holding.path), f"{request_id!r}: blocks not published"
-        assert holding.capacity == len(holding.block_ids) * self.block_size, f"{request_id!r}: wrong capacity"
-        publish_at = (holding.num_ready_blocks + 1) * self.block_size if self._caching else NEVER
-        assert holding.publish_at == publish_at, f"{request_id!r}: would publish a block too early or too late"
-        if holding.block_ids_tuple is not None:
-            assert holding.block_ids_tuple == tuple(holding.block_ids), f"{request_id!r}: outdated tuple of block ids"
-        return num_pending
 
     def _ceil_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -313,10 +391,28 @@ class MemoryManager:
         del ready[num_ready:]
         return ready, pending
 
-    def _evict_until_free(self, count: int) -> None:
-        while self._pool.num_free < count:
-            self._pool.put(self._tree.evict())
-            self.num_evicted_blocks += 1
+    def _make_room(self, count: int, *, may_wait: bool) -> bool:
+        """Evicts until `count` blocks are free or will be when they have been copied; whether they are free now.
+
+        `may_wait`: blocks may be copied to a lower tier first. Otherwise what is not there is dropped.
+        """
+        while self._tree.num_cached:
+            missing = count - self._pool.num_free
+            if may_wait and self.residency is not None:
+                missing -= self.residency.num_leaving_blocks
+            if missing <= 0:
+                break
+            self._give_up([self._tree.evict_leaf() for _ in range(min(missing, self._tree.num_cached))], may_wait)
+        return self._pool.num_free >= count
+
+    def _give_up(self, nodes: Sequence[RadixNode], may_wait: bool) -> None:
+        """Frees the blocks of nodes that have left the tree, at once or when they have been copied."""
+        self.num_evicted_blocks += len(nodes)
+        if self.residency is not None:
+            self.residency.evicted(nodes, may_wait=may_wait)
+            return
+        for node in nodes:
+            self._pool.put(node.block_id)
 
     def _register_pending(self, request_id: str, holding: Holding, token_ids: Sequence[int]) -> None:
         """Adds a pending node for each whole block of the prompt that is to be computed."""

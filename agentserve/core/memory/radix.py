@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Iterator, Sequence
 
-_MIN_COMPACTION = 64
-"""Below this many stale heap entries it is not worth cleaning up."""
+from agentserve.core.memory.eviction import EvictionGroup, EvictionKey, EvictionOrder, SessionBlocks, lru_key
+
+__all__ = ["EvictionKey", "RadixNode", "RadixTree", "lru_key"]
 
 
 class RadixNode:
@@ -20,14 +19,18 @@ class RadixNode:
     __slots__ = (
         "block_id",
         "children",
+        "content_id",
+        "group",
         "key",
         "last_access",
         "num_refs",
+        "num_uses",
         "owner",
         "parent",
         "salt",
         "sequence",
         "stamp",
+        "user",
     )
 
     def __init__(self, parent: RadixNode | None, key: tuple[int, ...], salt: str | None, block_id: int) -> None:
@@ -48,6 +51,15 @@ class RadixNode:
         """Order of creation: the last word in every tie."""
         self.stamp = 0
         """How often the node stopped being evictable: heap entries with another number are stale."""
+        self.content_id: bytes | None = None
+        """What lower tiers know the block by; None until one of them is asked for it."""
+        self.group: EvictionGroup | None = None
+        """Where it stands in the order of eviction; None: in the group of all that belong to nobody. It changes only
+        while the node is held, or through `EvictionOrder.move`."""
+        self.user: SessionBlocks | None = None
+        """The session that has used it, the latest one if there were several. None: nobody known."""
+        self.num_uses = 0
+        """How often a session has used it."""
 
     @property
     def is_ready(self) -> bool:
@@ -58,30 +70,20 @@ class RadixNode:
         return self.num_refs == 0 and not self.children and self.parent is not None
 
 
-EvictionKey: TypeAlias = Callable[[RadixNode], tuple[float, ...]]
-"""What a block is worth: the smallest key is evicted first. It is read when a node becomes an evictable leaf and must
-not change while the node stays one."""
-
-
-def lru_key(node: RadixNode) -> tuple[float, ...]:
-    """Least recently used first. Only leaves are evicted, so the end of a path goes before its beginning."""
-    return (node.last_access,)
-
-
 class RadixTree:
     """Nodes, reference counts and the order of eviction. Blocks themselves belong to the caller's pool.
 
-    Evictable leaves (nobody holds them, no children) are in a heap that is invalidated lazily: O(log n) amortized.
+    Evictable leaves (nobody holds them, no children) are in an `EvictionOrder`: O(log n) amortized.
     """
 
     def __init__(self, block_size: int, eviction_key: EvictionKey = lru_key) -> None:
         self.num_cached = 0
         """Nodes that nobody holds. All of them can be evicted, one leaf after the other."""
+        self.order = EvictionOrder(eviction_key)
+        self.protects_anchors = True
+        """Whether what several sessions use outlives what one of them uses."""
         self._block_size = block_size
-        self._eviction_key = eviction_key
         self._roots: dict[str | None, RadixNode] = {}
-        self._heap: list[tuple[tuple[float, ...], int, int, RadixNode]] = []
-        self._num_stale = 0
         self._last_sequence = 0
         self._last_access = 0
 
@@ -124,9 +126,10 @@ class RadixTree:
         """Holds a node whose ancestors are held already."""
         if node.num_refs == 0:
             self.num_cached -= 1
+            if node.group is not None:
+                self.order.count_cached(node.group, -1)
             if not node.children:
-                node.stamp += 1
-                self._num_stale += 1
+                self.order.discard(node)
         node.num_refs += 1
 
     def release(self, node: RadixNode) -> None:
@@ -136,14 +139,56 @@ class RadixTree:
         node.num_refs -= 1
         if node.num_refs == 0:
             self.num_cached += 1
+            if node.group is not None:
+                self.order.count_cached(node.group, 1)
             if not node.children:
-                self._push(node)
+                self.order.push(node)
 
-    def touch(self, path: Sequence[RadixNode]) -> None:
-        """Marks a path as used now. For a holder that is about to release it: until then nothing can be evicted."""
+    def touch(self, path: list[RadixNode], session: SessionBlocks | None = None) -> None:
+        """Marks a path as used now, by `session` if it is known.
+
+        For a holder that is about to release it: until then nothing of it can be evicted.
+        """
         self._last_access += 1
         for node in path:
             node.last_access = self._last_access
+        if session is not None:
+            self._claim(path, session)
+
+    def _claim(self, path: list[RadixNode], session: SessionBlocks) -> None:
+        """Puts a path that is held where it belongs: to its session, or to what several use."""
+        group, shared = session.group, self.order.shared if self.protects_anchors else session.group
+        for node in path:
+            node.num_uses += 1
+            if node.user is session:
+                if node.group is not shared:
+                    node.group = group
+            else:
+                node.group = group if node.user is None else shared
+                node.user = session
+        self._supersede(session, path)
+        session.path = path
+
+    def _supersede(self, session: SessionBlocks, path: list[RadixNode]) -> None:
+        """What the session used last and has left now goes first.
+
+        It has left a branch if it goes on from before the branch's end with other tokens, and at least half of the
+        branch is kept. Less in common means that one name stands for several conversations, such as those of
+        sub-agents, and the other ones are still in use.
+        """
+        before = session.path
+        num_common = 0
+        for old, new in zip(before, path, strict=False):
+            if old is not new:
+                break
+            num_common += 1
+        if num_common in (len(before), len(path)) or 2 * num_common < len(before):
+            return
+        for node in before[num_common:]:
+            if node.parent is None or node.parent.children.get(node.key) is not node:
+                return  # it was evicted, and all behind it before
+            if node.user is session and node.group is session.group and node.num_refs == 0:
+                self.order.move(node, self.order.superseded)
 
     def remove(self, node: RadixNode) -> None:
         """Takes a node without children out of the tree."""
@@ -154,18 +199,39 @@ class RadixTree:
         if parent.parent is None and not parent.children:
             del self._roots[parent.salt]  # else every salt ever used would stay
         elif parent.is_evictable:
-            self._push(parent)
+            self.order.push(parent)
+
+    def rate(self, node: RadixNode) -> tuple[float, ...]:
+        """What a block is worth in a lower tier: see `EvictionOrder.rate`."""
+        return self.order.rate(node)
 
     def evict(self) -> int:
-        """Removes the evictable leaf with the smallest key; returns its block. There must be one."""
-        while True:
-            assert self._heap, f"nothing can be evicted, but {self.num_cached} blocks are counted as cached"
-            _, _, stamp, node = heapq.heappop(self._heap)
-            if stamp == node.stamp:
-                self.num_cached -= 1
-                self.remove(node)
-                return node.block_id
-            self._num_stale -= 1
+        """Removes the evictable leaf that goes first; returns its block. There must be one."""
+        return self.evict_leaf().block_id
+
+    def evict_leaf(self) -> RadixNode:
+        """Removes the evictable leaf that goes first and returns it. There must be one."""
+        return self._evicted(self.order.pop())
+
+    def evict_group(self, group: EvictionGroup) -> Iterator[RadixNode]:
+        """Removes the blocks of a group that nobody needs, leaves first; yields each one once it is out."""
+        while group.num_live:
+            yield self._evicted(self.order.pop_from(group))
+
+    def forget_sessions(self) -> None:
+        """Nobody's blocks are anybody's any more, and the least recently used one goes first."""
+        self.order = EvictionOrder()
+        for node in self.nodes():
+            node.group = node.user = None
+            if node.is_evictable:
+                self.order.push(node)
+
+    def _evicted(self, node: RadixNode) -> RadixNode:
+        self.num_cached -= 1
+        if node.group is not None:
+            self.order.count_cached(node.group, -1)
+        self.remove(node)
+        return node
 
     def nodes(self) -> Iterator[RadixNode]:
         """All nodes but the roots, parents before children."""
@@ -191,19 +257,4 @@ class RadixTree:
                 assert parent.owner in (None, node.owner), f"block {node.block_id} is ready below a pending one"
         num_cached = sum(node.num_refs == 0 for node in nodes)
         assert self.num_cached == num_cached, f"{self.num_cached} cached blocks counted, there are {num_cached}"
-        live = [entry for entry in self._heap if entry[2] == entry[3].stamp]
-        assert len(self._heap) - len(live) == self._num_stale, "the counter of stale heap entries is wrong"
-        evictable = {node.sequence for node in nodes if node.is_evictable}
-        assert len(live) == len(evictable), "a leaf is in the heap twice, or not at all"
-        assert {entry[3].sequence for entry in live} == evictable, "the heap holds other nodes than the evictable ones"
-        for key, sequence, _, node in live:
-            assert (key, sequence) == (self._eviction_key(node), node.sequence), f"block {node.block_id}: stale key"
-        for index in range(1, len(self._heap)):
-            assert self._heap[(index - 1) // 2][:3] < self._heap[index][:3], "the heap is out of order"
-
-    def _push(self, node: RadixNode) -> None:
-        if self._num_stale > _MIN_COMPACTION and 2 * self._num_stale > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2] == entry[3].stamp]
-            heapq.heapify(self._heap)
-            self._num_stale = 0
-        heapq.heappush(self._heap, (self._eviction_key(node), node.sequence, node.stamp, node))
+        self.order.check_invariants(nodes)

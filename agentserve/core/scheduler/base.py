@@ -14,7 +14,7 @@ from agentserve.core.batch import Batch, BatchOutput, Lane, ScheduledChunk
 from agentserve.core.classify import classify
 from agentserve.core.controllers import Controller, Decision
 from agentserve.core.events import BatchScheduled, EngineEvent, RequestAdmitted, RequestPreempted
-from agentserve.core.memory.manager import AllocationOutcome, MemoryManager
+from agentserve.core.memory.manager import Allocation, AllocationOutcome, MemoryManager
 from agentserve.core.queues import RankedQueue, rank
 from agentserve.core.request import Request, RequestStatus
 from agentserve.core.scheduler.chunks import decode_chunk, pending_chunk, prompt_chunk
@@ -56,8 +56,10 @@ class Scheduler(ABC):
         self._observer = LaneObserver()
         self._waits_for: dict[str, str] = {}
         """Waiting request -> the request that computes the prefix it needs; asked again when that one moves on."""
-        self._refused: tuple[str, int, int] | None = None
+        self._refused: tuple[str, int, int, int] | None = None
         """Who got no memory, and the state of things then: asking again is not free for a long prompt."""
+        self._loading: set[str] = set()
+        """Running requests whose blocks are being filled from a lower tier; they count as in flight."""
         self._ended: list[str] = []
         self._num_batches = 0
         self.num_preemptions = 0
@@ -101,6 +103,19 @@ class Scheduler(ABC):
         self._draining.remove(request_id)
         self._give_back(request_id)
 
+    def loaded(self, request: Request) -> None:
+        """What was being loaded for a request is there, as far as it comes at all."""
+        self._loading.remove(request.request_id)
+        request.in_flight = False
+        self.prefix_moved(request.request_id)
+
+    def load_aborted(self, request: Request) -> bool:
+        """Cuts short what is being loaded for a request; whether nothing is written to its blocks any more."""
+        if request.request_id not in self._loading or not self._memory.abort_load(request.request_id):
+            return False
+        self.loaded(request)
+        return True
+
     def drop(self, request: Request) -> None:
         """Takes a request that ends out of its queue and gives its blocks back, as soon as nobody writes to them."""
         if request.status is _RUNNING:
@@ -112,6 +127,24 @@ class Scheduler(ABC):
         else:
             self.waiting.remove(request)
             self._waits_for.pop(request.request_id, None)
+            if self._memory.adapters is not None:
+                self._memory.adapters.cancel(request)
+
+    # ---- what order policies do ----
+
+    def reprioritize(self, request: Request, key: tuple[float, ...]) -> bool:
+        """Gives a request that waits another place; whether it comes before one now that arrived before it."""
+        self.waiting.remove(request)
+        request.order_key = key
+        return self.waiting.add(request)
+
+    def forget_order(self) -> None:
+        """All go in the order of their arrival again."""
+        for queue in (self.waiting, self.running):
+            for request in queue:
+                request.order_key = ()
+        for queue in (self.waiting, self.running, self._reading, self._decoding):
+            queue.sort()
 
     # ---- what schedulers differ in ----
 
@@ -168,17 +201,20 @@ class Scheduler(ABC):
     def _admit(self, now_ns: int, events: list[EngineEvent]) -> None:
         """Gives blocks to waiting requests, first come first served.
 
-        A request whose prefix is being computed by another one is passed over until that is done. One for which there
-        is no memory is not passed over, or large requests would starve.
+        A request whose prefix is being computed by another one is passed over until that is done, and one whose adapter
+        is not on the device until it is. One for which there is no memory is not passed over, or large requests would
+        starve.
         """
-        admitted: list[tuple[Request, int]] = []
+        admitted: list[tuple[Request, Allocation]] = []
+        adapters, held_adapters = self._memory.adapters, set[str]()
         for request in self.waiting:
             if len(self.running) + len(self._draining) >= self._config.max_num_seqs:
                 break
             if request.request_id in self._waits_for:
                 continue
-            state = (request.request_id, self._memory.num_available_blocks, len(self.running))
-            if state == self._refused:
+            if adapters is not None and not adapters.admits(request, held_adapters):
+                continue
+            if self._state_of_things(request) == self._refused:
                 break
             allocation = self._memory.allocate(
                 request.request_id,
@@ -186,25 +222,43 @@ class Scheduler(ABC):
                 salt=request.cache_salt,
                 # Whoever runs already can grow by one block before anybody is preempted.
                 reserve_blocks=len(self.running),
+                session=request.session_blocks,
+                # As long as something runs it will end; else pinned blocks would be waited for in vain.
+                ignore_pins=not (self.running or self._draining),
+                priority=request.priority,
             )
             if allocation.outcome is AllocationOutcome.OUT_OF_BLOCKS:
-                self._refused = state
+                # Copies to a lower tier may have begun, and then there are fewer blocks than before.
+                self._refused = self._state_of_things(request)
                 break
             if allocation.outcome is AllocationOutcome.PENDING_PREFIX:
                 assert allocation.pending_owner is not None
                 self._waits_for[request.request_id] = allocation.pending_owner
                 continue
-            admitted.append((request, allocation.num_cached_tokens))
+            admitted.append((request, allocation))
+            if adapters is not None:
+                request.adapter_slot = adapters.acquire(request)
             self.running.add(request)
             self._reading.add(request)
-        for request, num_cached_tokens in admitted:
+        for request, allocation in admitted:
             self.waiting.remove(request)
-            self._start(request, num_cached_tokens, now_ns, events)
+            request.status = _RUNNING
+            request.prefill_target = len(request.token_ids)
+            request.num_computed_tokens = allocation.num_cached_tokens
+            if allocation.num_loading_tokens:
+                request.in_flight = True
+                self._loading.add(request.request_id)
+            else:
+                self.start(request, now_ns, events)
 
-    def _start(self, request: Request, num_cached_tokens: int, now_ns: int, events: list[EngineEvent]) -> None:
-        request.status = _RUNNING
-        request.prefill_target = len(request.token_ids)
-        request.num_computed_tokens = num_cached_tokens
+    def _state_of_things(self, request: Request) -> tuple[str, int, int, int]:
+        """What decides whether a request gets memory."""
+        memory = self._memory
+        return request.request_id, memory.num_available_blocks, memory.num_pinned_blocks, len(self.running)
+
+    def start(self, request: Request, now_ns: int, events: list[EngineEvent]) -> None:
+        """Lets a request run that has its blocks: what it has computed by now was cached or loaded."""
+        num_cached_tokens = request.num_computed_tokens
         request.num_cached_at_admission = num_cached_tokens
         if request.first_scheduled_ns is None:
             request.first_scheduled_ns = now_ns
@@ -235,13 +289,15 @@ class Scheduler(ABC):
         """Whether the decode lane may be given a second batch now.
 
         Not while it reads a prompt in pieces: the next piece would miss that batch. Not if a sampler has to see tokens
-        that are not known yet.
+        that are not known yet, or a grammar to follow them.
         """
         head = self.in_flight.get(_DECODE)
         if self._config.decode_lookahead < 2 or self.ahead is not None or head is None:
             return False
         if self._last_continuable[0] != head.batch_id:
-            continuable = all(c.sample is not None and not c.sample.history for c in head.chunks)
+            continuable = all(
+                c.sample is not None and not c.sample.history and not c.sample.params.constrained for c in head.chunks
+            )
             self._last_continuable = (head.batch_id, continuable)
         return self._last_continuable[1]
 
@@ -269,7 +325,7 @@ class Scheduler(ABC):
     def _prefilling(self) -> list[Request]:
         """Running requests whose prompt has tokens left that are not in flight, the next one first."""
         requests = [request for request in self._reading if not request.in_flight]
-        if self._config.prefill_order == "shortest" and len(requests) > 1:
+        if self._config.reads_shortest_first and len(requests) > 1:
             requests.sort(key=self._shortest_first)
         return requests
 
@@ -306,6 +362,9 @@ class Scheduler(ABC):
     def _grow(self, request: Request, now_ns: int, events: list[EngineEvent]) -> tuple[int, ...] | None:
         """Makes room for the request's next token; returns its blocks. None: it does not run in this batch."""
         while (block_ids := self._memory.blocks_for(request.request_id, len(request.token_ids))) is None:
+            residency = self._memory.residency
+            if residency is not None and residency.is_freeing:
+                return None  # blocks are on their way down: when they are free, that wakes us
             victim = self._victim(request)
             if victim is not None:
                 self._preempt(victim, now_ns, events)
@@ -335,6 +394,8 @@ class Scheduler(ABC):
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.add(request)
+        if self._memory.adapters is not None:
+            self._memory.adapters.on_request(request)
         events.append(RequestPreempted(request.request_id, now_ns))
 
     def _stop(self, request: Request) -> None:
@@ -348,6 +409,8 @@ class Scheduler(ABC):
 
     def _give_back(self, request_id: str) -> None:
         self._memory.free(request_id)
+        if self._memory.adapters is not None:
+            self._memory.adapters.release(request_id)
         self._ended.append(request_id)
         self.prefix_moved(request_id)
 
@@ -358,6 +421,8 @@ class Scheduler(ABC):
         ahead = {chunk.request_id for chunk in self.ahead.chunks} if self.ahead else set()
         assert not ahead or _DECODE in self.in_flight, "ahead of nothing"
         flying |= ahead
+        assert not flying & self._loading, "a request is computed while it is being loaded"
+        flying |= self._loading
         for request in self.running:
             assert request.status is _RUNNING, request.request_id
             assert self._memory.holds(request.request_id), f"{request.request_id} runs without blocks"

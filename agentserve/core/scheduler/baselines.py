@@ -9,10 +9,10 @@ from __future__ import annotations
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.core.events import EngineEvent
 from agentserve.core.request import Request
-from agentserve.core.scheduler.base import Scheduler
+from agentserve.core.scheduler.runs import RunScheduler
 
 
-class ChunkedScheduler(Scheduler):
+class ChunkedScheduler(RunScheduler):
     """Chunked prefill in hybrid batches (Sarathi-Serve, section 4; vLLM's default).
 
     Every batch holds all decodes and as much of the prompts as the token budget leaves room for. With a budget of
@@ -27,7 +27,7 @@ class ChunkedScheduler(Scheduler):
         return {Lane.DECODE if decodes else Lane.PREFILL: decodes + prompts}
 
 
-class PrefillFirstScheduler(Scheduler):
+class PrefillFirstScheduler(RunScheduler):
     """Prompts before decodes, never in one batch (the default of SGLang, and of vLLM before version 1).
 
     Best for the time to the first token; a stream stands still while prompts are read.

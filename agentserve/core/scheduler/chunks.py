@@ -16,14 +16,15 @@ def decode_chunk(request: Request, block_ids: tuple[int, ...]) -> ScheduledChunk
     last = num_tokens - 1
     history = tuple(token_ids) if request.needs_history else ()
     spec = SampleSpec(request.sampling, num_tokens - num_prompt_tokens, history, num_prompt_tokens)
-    return ScheduledChunk(request.request_id, _DECODE, last, (token_ids[last],), block_ids, spec)
+    return ScheduledChunk(request.request_id, _DECODE, last, (token_ids[last],), block_ids, spec, request.adapter_slot)
 
 
 def pending_chunk(request: Request, before: ScheduledChunk, block_ids: tuple[int, ...]) -> ScheduledChunk:
     """The token that will be sampled behind `before`."""
     assert before.sample is not None
     spec = SampleSpec(request.sampling, before.sample.output_index + 1, (), request.num_prompt_tokens)
-    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), block_ids, spec)
+    slot = request.adapter_slot
+    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), block_ids, spec, slot)
 
 
 def prompt_chunk(
@@ -43,4 +44,5 @@ def prompt_chunk(
         tuple(token_ids[start:end]),
         block_ids,
         spec,
+        request.adapter_slot,
     )

@@ -8,26 +8,31 @@ computed in the batches of the decode lane, as in Sarathi-Serve, and no batch of
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.core.classify import classify, lane_of
-from agentserve.core.controllers import Controller, ControlSignal
+from agentserve.core.controllers import Controller, ControlSignal, Decision
 from agentserve.core.costmodel import BatchShape
 from agentserve.core.events import ControlDecided, EngineEvent
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.request import Request, RequestStatus
-from agentserve.core.scheduler.base import Scheduler
+from agentserve.core.scheduler.runs import RunScheduler
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
 _PREFILL = Lane.PREFILL
 _DECODE = Lane.DECODE
 _WHOLE = PartitionKind.WHOLE
+_CONSTANT = tuple(field.name for field in dataclasses.fields(ControlSignal))[2:]
+"""What a signal has behind the time and the decodes: it does not change in a run of decode steps."""
 _SHORT = 4
 """A prompt that needs less than one part in so many of a chunk shares its batch up to that part only."""
 
 
-class LaneScheduler(Scheduler):
+class LaneScheduler(RunScheduler):
     """See the module. The controller is asked at every step at which a lane is idle."""
 
     def __init__(
@@ -35,6 +40,10 @@ class LaneScheduler(Scheduler):
     ) -> None:
         super().__init__(config, memory, table, controller)
         self._decide = controller.decide
+        self._decided: Decision | None = None
+        """What the controller has said already at this step."""
+        self._run_signal: tuple[Any, ...] = ()
+        """What signals have in common during a run."""
 
     def _co_partition(self) -> SlotPartition:
         assert self.decision is not None
@@ -44,7 +53,8 @@ class LaneScheduler(Scheduler):
 
     def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
         prefilling = self._prefilling()
-        decision = self._decide(self._signal(now_ns, prefilling))
+        decision = self._decided or self._decide(self._signal(now_ns, prefilling))
+        self._decided = None
         if decision != self.decision:
             self.decision = decision
             events.append(ControlDecided(now_ns, decision))
@@ -73,6 +83,36 @@ class LaneScheduler(Scheduler):
             chunks[_PREFILL] = self._prompts(long, self._room(self._near_end(long, decision.prefill_chunk), []))
         return chunks
 
+    # ---- runs ----
+
+    def _continues_alone(self) -> bool:
+        if (self.ahead is not None) != (self._config.decode_lookahead > 1):
+            return False
+        prefilling = self._prefilling()
+        if not prefilling:
+            return True
+        decision = self.decision
+        if decision is None or _PREFILL not in self.in_flight:
+            return False
+        short, long = self._by_lane(prefilling, decision.resume_budget)
+        may_ride = short or (long if decision.shares_budget else [])
+        room = min(decision.resume_budget, self._config.max_num_batched_tokens - len(self._decoding))
+        return not may_ride or room <= 0
+
+    def _keeps_on(self, now_ns: int, decodes: BatchShape, is_first: bool) -> bool:
+        if is_first:
+            signal = self._signal(now_ns, self._prefilling(), decodes)
+            self._run_signal = tuple([getattr(signal, name) for name in _CONSTANT])
+        else:
+            signal = ControlSignal(now_ns, decodes, *self._run_signal)
+        decision = self._decide(signal)
+        if decision == self.decision:
+            return True
+        self._decided = decision
+        return False
+
+    # ---- batches ----
+
     @staticmethod
     def _near_end(prompts: list[Request], chunk: int) -> int:
         """The chunk, or a part of it for a first prompt that is done sooner: it must not wait for those behind it."""
@@ -95,8 +135,11 @@ class LaneScheduler(Scheduler):
             (short if lane_of(request, work_class, limit) is _DECODE else long).append(request)
         return short, long
 
-    def _signal(self, now_ns: int, prefilling: list[Request]) -> ControlSignal:
-        num_decodes, num_context = len(self._decoding), sum([len(request.token_ids) for request in self._decoding])
+    def _signal(self, now_ns: int, prefilling: list[Request], decodes: BatchShape | None = None) -> ControlSignal:
+        """What the controller may know; `decodes` is given where the requests do not have their newest tokens yet."""
+        if decodes is None:
+            num_decodes, num_context = len(self._decoding), sum([len(request.token_ids) for request in self._decoding])
+            decodes = BatchShape(num_decodes, num_context, num_samples=num_decodes)
         # Whoever decodes has its first token.
         waiting_since = [request.arrival_ns for request in self._reading if request.first_token_ns is None]
         # Who belongs to which lane is a matter of the budget, which is about to be decided: who may ride with the most.
@@ -106,7 +149,7 @@ class LaneScheduler(Scheduler):
         decode_since_ns = self._observer.running_since_ns(_DECODE)
         return ControlSignal(
             now_ns=now_ns,
-            decodes=BatchShape(num_decodes=num_decodes, num_decode_context=num_context, num_samples=num_decodes),
+            decodes=decodes,
             num_resume_tokens=_remaining(short),
             num_prefill_tokens=_remaining(long) + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
             num_waiting_prefill_tokens=_remaining(waiting),

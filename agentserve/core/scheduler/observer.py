@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agentserve.core.batch import Batch, BatchOutput, Lane
+from agentserve.core.batch import Batch, BatchOutput, BatchShape, Lane
 from agentserve.core.controllers import BatchObservation
 from agentserve.core.request import WorkClass
 
@@ -53,6 +53,19 @@ class LaneObserver:
             co_running=share >= _BUSY,
             alone=share <= _IDLE,
         )
+
+    def continued(self, batch: Batch, shape: BatchShape, started_ns: int, finished_ns: int) -> BatchObservation:
+        """Books the end of a batch of the decode lane that followed at once, with the same requests.
+
+        `batch` says how it ran, `shape` what was computed. The other lane is as it was when the one before it ended.
+        """
+        duration_ns = max(1, finished_ns - started_ns)
+        is_shared = _PREFILL in self._running_since
+        if is_shared:
+            self._past[_DECODE].append((started_ns, finished_ns))
+        share = (finished_ns - started_ns) / duration_ns if is_shared else 0.0
+        gap_ns, self._previous_decode_ns = finished_ns - self._previous_decode_ns, finished_ns
+        return BatchObservation(batch, shape, duration_ns, finished_ns, gap_ns, share >= _BUSY, share <= _IDLE)
 
     def _overlap_ns(self, other: Lane, start_ns: int, end_ns: int) -> int:
         spans = list(self._past[other])

@@ -11,27 +11,59 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from agentserve.config import LoraConfig, TieringConfig
+from agentserve.core.adapters import TransferOrder
 from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, TokenSample
 from agentserve.core.costmodel import CostModel
-from agentserve.core.executor import Capabilities
+from agentserve.core.decode_run import DecodePlan
+from agentserve.core.executor import Capabilities, Completion
 from agentserve.core.splitmix import mix64
+from agentserve.errors import EngineError
+from agentserve.executors.simulated.constrained import ConstrainedTokens
+from agentserve.executors.simulated.links import SimulatedLinks
 
 _MIN_OUTPUT, _MAX_OUTPUT = 27, 141  # output lengths of agent turns (AgentServe, Table I: 21 to 141 over its models)
 
 
 class SimulatedExecutor:
-    """Implements `core.executor.Executor`."""
+    """Implements `core.decode_run.PredictableExecutor`."""
 
     def __init__(
-        self, cost_model: CostModel, *, num_blocks: int, block_size: int, vocabulary: Sequence[int], lookahead: int = 1
+        self,
+        cost_model: CostModel,
+        *,
+        num_blocks: int,
+        block_size: int,
+        vocabulary: Sequence[int],
+        lookahead: int = 1,
+        tiering: TieringConfig | None = None,
+        lora: LoraConfig | None = None,
+        constrained: ConstrainedTokens | None = None,
     ) -> None:
-        """`vocabulary`: the token ids that outputs are made of, cycled through; at least one. `lookahead`: batches
-        that may be in flight in a lane."""
+        """Makes an idle device.
+
+        Args:
+            cost_model: says how long batches take.
+            num_blocks: of the KV pool.
+            block_size: tokens in a block.
+            vocabulary: the token ids that outputs are made of, cycled through; at least one.
+            lookahead: batches that may be in flight in a lane.
+            tiering: the tiers below the pool, and the links to them.
+            lora: the slots for adapters, and the link to them.
+            constrained: chooses tokens for requests with a grammar; without it they fail.
+        """
         if not vocabulary:
             raise ValueError("the vocabulary is empty")
         self._cost_model = cost_model
         self._vocabulary = tuple(vocabulary)
+        self._vocabulary_set = frozenset(vocabulary)
+        self._links = SimulatedLinks(tiering, lora)
+        self._constrained = constrained
         device = cost_model.device
+        self._turnaround_ns = device.turnaround_ns
+        self._wakes = device.wake_ns > 0
+        self._busy_until_ns = 0
+        """End of the batch that ends last: only what the device does when it wakes up depends on it."""
         self._capabilities = Capabilities(
             name="simulated",
             device=f"simulated timing of {device.description}",
@@ -40,6 +72,7 @@ class SimulatedExecutor:
             min_units=device.min_units,
             num_blocks=num_blocks,
             block_size=block_size,
+            tiers=self._links.tiers,
             lookahead=lookahead,
             simulated=True,
         )
@@ -57,23 +90,90 @@ class SimulatedExecutor:
         lane = self._in_flight[batch.lane]
         if len(lane) >= self._capabilities.lookahead:
             raise RuntimeError(f"the {batch.lane} lane is full")
-        started_ns = max(now_ns, lane[-1].finished_ns) if lane else now_ns
+        started_ns = max(now_ns, lane[-1].finished_ns) if lane else now_ns + self._turnaround_ns
         duration_ns = self._cost_model.duration_ns(batch.shape, batch.lane, batch.partition, batch.co_running)
+        if self._wakes and not any(self._in_flight.values()):
+            duration_ns += self._cost_model.device.wake_ns_after(started_ns - self._busy_until_ns)
+        self._busy_until_ns = max(self._busy_until_ns, started_ns + duration_ns)
         error = self._check_blocks(batch)
-        samples = () if error else tuple(self._samples(batch))
+        samples: tuple[TokenSample, ...] = ()
+        if error is None:
+            try:
+                samples = tuple(self._samples(batch))
+            except EngineError as problem:  # a grammar's: it costs this batch, not the engine
+                error = str(problem)
         lane.append(BatchOutput(batch.batch_id, batch.lane, started_ns, started_ns + duration_ns, samples, error))
 
-    def poll(self, now_ns: int) -> list[BatchOutput]:
-        done = []
+    def submit_transfer(self, transfer: TransferOrder, now_ns: int) -> None:
+        if self._closed:
+            raise RuntimeError("the executor is closed")
+        self._links.submit(transfer, now_ns)
+
+    def poll(self, now_ns: int) -> list[Completion]:
+        """Batches, then transfers, each in the order of finishing."""
+        done: list[BatchOutput] = []
         for lane in self._in_flight.values():
             while lane and lane[0].finished_ns <= now_ns:
                 done.append(lane.popleft())
         if len(done) > 1:
             done.sort(key=lambda output: (output.finished_ns, output.batch_id))
-        return done
+        return [*done, *self._links.poll(now_ns)]
 
     def next_completion_ns(self) -> int | None:
-        return min((lane[0].finished_ns for lane in self._in_flight.values() if lane), default=None)
+        batch_ns = min((lane[0].finished_ns for lane in self._in_flight.values() if lane), default=None)
+        transfer_ns = self._links.next_completion_ns()
+        if batch_ns is None or transfer_ns is None:
+            return transfer_ns if batch_ns is None else batch_ns
+        return min(batch_ns, transfer_ns)
+
+    def decode_ends(self, plan: DecodePlan, before_ns: int | None) -> tuple[int, list[int]]:
+        decodes, prefills = self._in_flight[Lane.DECODE], self._in_flight[Lane.PREFILL]
+        if self._turnaround_ns or self._wakes:
+            return 0, []  # the batches of a run follow each other at once, on a device that is busy
+        num_steps = self._num_before_stop(plan)
+        if num_steps < 1 or any(output.error is not None for output in decodes):
+            return 0, []
+        limits = [output.finished_ns for output in prefills]
+        limits += [
+            at_ns for at_ns in (before_ns, plan.before_ns, self._links.next_completion_ns()) if at_ns is not None
+        ]
+        limit_ns = min(limits, default=None)
+        ends = [output.finished_ns for output in decodes]
+        shape = plan.batches[-1].shape
+        durations = self._cost_model.decode_durations(shape, plan.partition, plan.co_running)
+        while len(ends) < num_steps and (limit_ns is None or ends[-1] < limit_ns):
+            ends.append(ends[-1] + next(durations))
+        del ends[num_steps:]
+        while limit_ns is not None and ends and ends[-1] >= limit_ns:
+            ends.pop()
+        return decodes[0].started_ns, ends
+
+    def decoded_tokens(self, spec: SampleSpec, skip: int, count: int) -> list[int]:
+        vocabulary = self._vocabulary
+        size = len(vocabulary)
+        first = (_mixed(spec.params.seed) + spec.output_index + skip) % size
+        tokens = list(vocabulary[first : first + count])
+        while len(tokens) < count:
+            tokens += vocabulary[: count - len(tokens)]
+        return tokens
+
+    def skip_decodes(self) -> None:
+        self._in_flight[Lane.DECODE].clear()
+
+    def _num_before_stop(self, plan: DecodePlan) -> int:
+        """Steps of a plan before any request may get a token that ends it."""
+        num_steps = plan.num_steps
+        for chunk in plan.batches[0].chunks:
+            assert chunk.sample is not None
+            params = chunk.sample.params
+            if not params.stop_token_ids:
+                continue
+            if not self._vocabulary_set.isdisjoint(params.stop_token_ids):
+                return 0
+            # The token of that index ends the output; what is made ahead of it must not be made in vain.
+            last = max(_output_length(_mixed(params.seed)), params.min_tokens)
+            num_steps = min(num_steps, last - chunk.sample.output_index)
+        return num_steps
 
     def on_completion(self, wake: Callable[[], None]) -> None:
         """Never calls `wake`: every completion is known beforehand through `next_completion_ns`."""
@@ -82,6 +182,7 @@ class SimulatedExecutor:
         self._closed = True
         for lane in self._in_flight.values():
             lane.clear()
+        self._links.clear()
 
     def _check_blocks(self, batch: Batch) -> str | None:
         for request_id in batch.ended_request_ids:
@@ -107,6 +208,10 @@ class SimulatedExecutor:
         else:
             # Output texts start at different places of the vocabulary and then follow it.
             token_id = self._vocabulary[(start + index) % len(self._vocabulary)]
+        if params.constrained:
+            if self._constrained is None:
+                raise EngineError(f"request {request_id} is constrained, but there are no grammars here")
+            token_id = self._constrained.choose(request_id, spec, token_id)
         if params.logprobs is None:
             return TokenSample(request_id, token_id)
         # A made-up distribution: each candidate half as likely as the one before it.

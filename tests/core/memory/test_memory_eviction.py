@@ -184,7 +184,7 @@ def test_a_cache_that_is_only_hit_does_not_grow_the_heap() -> None:
         tree.acquire(leaf)
         tree.touch([leaf])
         tree.release(leaf)
-        largest = max(largest, len(tree._heap))
+        largest = max(largest, len(tree.order.common.heap))
         tree.check_invariants()
     assert largest == 71  # 7 live entries + 64 stale ones: with one more they are cleaned up before the push
     # 3, 5 and 6 were never hit. The last hits are 999 -> 4 (999 % 7 = 5, 25 % 7), 998 -> 2, 997 -> 2, 996 -> 4,

@@ -1,0 +1,107 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from agentserve.config import EngineConfig
+from agentserve.core.agents.costs import ForwardCosts
+from agentserve.core.agents.policies.evict_always import EvictAlways
+from agentserve.core.agents.policies.fair_share import FairShare
+from agentserve.core.agents.policies.lfu_decay import LfuDecay
+from agentserve.core.agents.policies.min_waste import MinWaste
+from agentserve.core.agents.policies.oracles import Belady, ShortestRemainingProgram
+from agentserve.core.agents.policies.plas import Plas
+from agentserve.core.agents.policies.program_order import Fcfs, ProgramFcfs
+from agentserve.core.agents.policies.ttl import Continuum, Ttl
+from agentserve.core.agents.policy import Policy
+from agentserve.core.agents.registry import AgentRegistry
+from agentserve.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyContext:
+    """What a policy is made with."""
+
+    name: str
+    """By which it was asked for."""
+    registry: AgentRegistry
+    costs: ForwardCosts | None
+    """None: there is no profile of the device."""
+    swap_ns: Callable[[int], float] | None
+    """Time for which so many tokens of KV are copied to the next tier and back. None: there is no tier."""
+
+    def known_costs(self) -> ForwardCosts:
+        """Raises ConfigError if there are none."""
+        if self.costs is None:
+            raise ConfigError(
+                f"{self.name} weighs memory against computing again, so it needs to know how fast the device is: "
+                "--profile FILE or --controller predictive tells"
+            )
+        return self.costs
+
+
+PolicyFactory = Callable[[PolicyContext], Policy]
+
+
+class AnchoredLru(Policy):
+    """Least recently used, block by block; for `lru` with protected anchors."""
+
+    scores_blocks = True
+
+
+POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
+    {
+        "lru": lambda _: AnchoredLru(),
+        "evict_always": lambda _: EvictAlways(),
+        "ttl": lambda context: Ttl(context.registry, context.known_costs()),
+        "continuum": lambda context: Continuum(context.registry, context.known_costs()),
+        "min_waste": lambda context: MinWaste(context.registry, context.known_costs(), context.swap_ns),
+        "lfu_decay": lambda _: LfuDecay(),
+        "belady": lambda _: Belady(),
+        "fcfs": lambda _: Fcfs(),
+        "program_fcfs": lambda _: ProgramFcfs(),
+        "plas": lambda _: Plas(),
+        "fair_share": lambda _: FairShare(),
+        "srpt": lambda context: ShortestRemainingProgram(context.known_costs()),
+    }
+)
+"""Makers of the built-in policies, for both seats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seats:
+    """Who decides what. Both may be the same policy. None: nobody, it is as without policies."""
+
+    registry: AgentRegistry
+    retention: Policy | None = None
+    order: Policy | None = None
+
+
+def build_policies(
+    config: EngineConfig, costs: ForwardCosts | None, factories: Mapping[str, PolicyFactory] = POLICIES
+) -> Seats:
+    """The policies that the configuration names.
+
+    Raises ConfigError if one of them is not in `factories`, or needs a profile of the device and there is none.
+    """
+    registry, tiering = AgentRegistry(), config.tiering
+
+    def swap_ns(num_tokens: int) -> float:
+        assert tiering is not None
+        num_blocks = -(-num_tokens // config.block_size)
+        load_ns = tiering.load_ns(0, num_blocks)
+        if tiering.write_back == "incremental":
+            return load_ns  # it is below already when it leaves
+        return load_ns + tiering.tiers[0].duration_ns(num_blocks * tiering.block_bytes, reads=False)
+
+    def make(name: str) -> Policy:
+        if name not in factories:
+            raise ConfigError(f"there is no policy {name!r}; there are {', '.join(factories)}")
+        return factories[name](PolicyContext(name, registry, costs, None if tiering is None else swap_ns))
+
+    retention = make(config.policy) if config.policy != "lru" or config.protects_anchors else None
+    order = retention if config.policy == "continuum" else None
+    return Seats(registry, retention, order if config.order == "default" else make(config.order))

@@ -1,0 +1,101 @@
+"""InferCept (arXiv 2402.01869): while a tool runs, do with the KV what wastes the least memory over time."""
+
+# ruff: noqa: ARG002  # a hook gets what any policy may need
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import ClassVar
+from weakref import WeakSet
+
+from agentserve.core.agents.costs import ForwardCosts
+from agentserve.core.agents.policy import Action, Demote, Forecast, Pin, Policy, TurnEvent, TurnKind
+from agentserve.core.agents.registry import AgentRegistry, Session
+from agentserve.core.memory.eviction import Key
+
+
+def preserve_waste(gap_ns: float, context_tokens: int) -> float:
+    """Memory times time that nobody uses while a context is kept: token nanoseconds."""
+    return gap_ns * context_tokens
+
+
+def discard_waste(costs: ForwardCosts, context_tokens: int, running_tokens: int, num_running_in_batch: int) -> float:
+    """The same while a context is computed again in chunks beside what runs: token nanoseconds.
+
+    The room for chunks, h, is what the batch has left up to the knee. The chunks before the last one hold 1, 2, ... n
+    chunks of memory for a whole step each, and make everybody else wait for h tokens; the last one makes them wait for
+    what is left (section 4.2 of the paper, as its code computes it).
+    """
+    room = max(costs.knee_tokens - num_running_in_batch, 1)
+    num_full = max(0, math.ceil(context_tokens / room) - 1)
+    step_ns = costs.base_ns + costs.token_ns * costs.knee_tokens
+    chunk_ns, last_ns = costs.token_ns * room, costs.token_ns * (context_tokens - num_full * room)
+    own = step_ns * (1 + num_full) * num_full / 2 * room
+    return own + (chunk_ns * num_full + last_ns) * running_tokens
+
+
+class MinWaste(Policy):
+    """Preserves the private blocks of a session until its tool should be back, swaps them out, or gives them up.
+
+    The gap of a tool is the mean of its measured gaps. Given up means that these blocks are evicted before anything
+    else that is private, when room is needed: freeing them at once would win nothing.
+    """
+
+    name: ClassVar[str] = "min_waste"
+
+    def __init__(
+        self, registry: AgentRegistry, costs: ForwardCosts, swap_ns: Callable[[int], float] | None = None
+    ) -> None:
+        """`swap_ns`: time of the copies for so many tokens, there and back; None without a tier below the device."""
+        self._registry = registry
+        self._costs = costs
+        self._swap_ns = swap_ns
+        self._running: dict[str, int] = {}  # request: its tokens at its admission
+        self._running_tokens = 0
+        self._given_up: WeakSet[Session] = WeakSet()
+        self._actions: list[Action] = []
+
+    def observe(self, event: TurnEvent) -> None:
+        session, request_id = event.session, event.request.request_id
+        if event.kind is TurnKind.ADMITTED:
+            num_tokens = len(event.request.token_ids)
+            self._running[request_id] = num_tokens
+            self._running_tokens += num_tokens
+        elif event.kind is TurnKind.SUBMITTED:
+            self._given_up.discard(session)
+        else:
+            self._running_tokens -= self._running.pop(request_id, 0)
+        if event.kind is TurnKind.FINISHED and session.is_idle:
+            self._decide(session, event.at_ns)
+
+    def _decide(self, session: Session, now_ns: int) -> None:
+        forecast = self.predict(session, now_ns)
+        if forecast is None:
+            return
+        gap_ns, context = forecast.next_use_ns - now_ns, session.context_tokens
+        discard = discard_waste(self._costs, context, self._running_tokens, len(self._running))
+        # Copies run beside the computation, so all that they cost is the memory of what is on its way.
+        swap = math.inf if self._swap_ns is None else self._swap_ns(context) * context
+        preserve = preserve_waste(gap_ns, context)
+        if math.isfinite(gap_ns) and preserve <= min(discard, swap):
+            self._actions.append(Pin(session, math.ceil(forecast.next_use_ns)))
+        elif math.isfinite(gap_ns) and swap < discard:
+            self._actions.append(Demote(session))
+        else:
+            self._given_up.add(session)
+
+    def score(self, session: Session, now_ns: int) -> Key:
+        return (0 if session in self._given_up else 1, session.last_used_ns)
+
+    def predict(self, session: Session, now_ns: int) -> Forecast | None:
+        if session.idle_since_ns is None:
+            return Forecast(now_ns)
+        if session.is_last_turn:
+            return Forecast(math.inf)
+        gaps = self._registry.gaps.of(session.tool_name, 1)
+        return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
+
+    def act(self, now_ns: int) -> Iterable[Action]:
+        actions, self._actions = self._actions, []
+        return actions

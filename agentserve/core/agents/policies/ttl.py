@@ -1,0 +1,133 @@
+"""Continuum (arXiv 2511.02230): keep the KV of a session while its tool runs, but not too long."""
+
+# ruff: noqa: ARG002  # a hook gets what any policy may need
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import ClassVar
+
+from agentserve.core.agents.costs import ForwardCosts
+from agentserve.core.agents.policy import Action, Forecast, Pin, Policy, TurnEvent, TurnKind
+from agentserve.core.agents.registry import AgentRegistry, GapSamples, Session
+from agentserve.core.memory.eviction import Key
+from agentserve.core.request import Request
+
+MIN_SAMPLES = 8
+"""Fewer gaps of a tool tell nothing: then those of all tools count, and `DEFAULT_TTL_NS` if they are too few as well.
+The paper waits for 100, which a few local agents never reach."""
+DEFAULT_TTL_NS = 2_000_000_000
+"""What the released code pins for."""
+_MAX_DELAYS = 100
+
+
+def best_ttl_ns(gaps: GapSamples, benefit_ns: float) -> int:
+    """The time that maximizes `P(gap <= ttl) * benefit - ttl`, over the gaps that were seen and 0.
+
+    Whoever keeps blocks for `ttl` pays that time of memory, and has the benefit if the tool is back by then (section 4
+    of the paper). Of equal ones the shortest.
+    """
+    best_ns, best_value = 0, 0.0
+    num_gaps = len(gaps.ascending)
+    for index, gap_ns in enumerate(gaps.ascending, start=1):
+        if gap_ns > benefit_ns:
+            break  # from here on it costs more than it can bring
+        value = index / num_gaps * benefit_ns - gap_ns
+        if value > best_value:
+            best_ns, best_value = gap_ns, value
+    return best_ns
+
+
+class Memoryfulness:
+    """How much the number of turns so far tells about those that are left: `-corr(k, N - k)` over ended programs.
+
+    1 if all programs have the same number of turns; near 0 if the number so far tells nothing. From sums, so that a
+    program with N turns costs O(1): it adds the points k = 1 .. N-1.
+    """
+
+    def __init__(self) -> None:
+        self._n = self._x = self._xx = self._xy = 0
+
+    def add(self, num_turns: int) -> None:
+        """A program has ended after so many turns."""
+        n = num_turns - 1
+        if n < 1:
+            return
+        self._n += n
+        sum_k, sum_kk = n * (n + 1) // 2, n * (n + 1) * (2 * n + 1) // 6
+        # N - k runs through the same numbers as k, backwards: sums of both are the same.
+        self._x += sum_k
+        self._xx += sum_kk
+        self._xy += num_turns * sum_k - sum_kk
+
+    @property
+    def value(self) -> float:
+        """Between 0 and 1; 1 as long as nothing is known."""
+        variance = self._n * self._xx - self._x * self._x
+        if variance <= 0:
+            return 1.0
+        return min(1.0, max(0.0, -(self._n * self._xy - self._x * self._x) / variance))
+
+
+class Ttl(Policy):
+    """Pins a session's private blocks when a turn ends, for the time that pays best for the tool that runs then.
+
+    The benefit of being in time is a prefill less and, since a session without its blocks queues again, the average
+    delay in the queue times the memoryfulness. The pins of sessions that came last yield first.
+    """
+
+    name: ClassVar[str] = "ttl"
+
+    def __init__(self, registry: AgentRegistry, costs: ForwardCosts) -> None:
+        self._registry = registry
+        self._costs = costs
+        self._delays: deque[int] = deque(maxlen=_MAX_DELAYS)
+        self._memoryfulness = Memoryfulness()
+        self._pins: list[Pin] = []
+
+    def observe(self, event: TurnEvent) -> None:
+        session = event.session
+        if event.kind is TurnKind.ADMITTED:
+            self._delays.append(event.lasted_ns)
+        elif event.kind is TurnKind.FINISHED and session.is_idle:
+            if session.is_last_turn:
+                self._memoryfulness.add(session.program.num_turns)
+            elif (ttl_ns := self.ttl_ns(session)) > 0:
+                self._pins.append(Pin(session, event.at_ns + ttl_ns))
+
+    def ttl_ns(self, session: Session) -> int:
+        """For how long the blocks of a session whose turn has ended are worth keeping."""
+        gaps = self._registry.gaps.of(session.tool_name, MIN_SAMPLES)
+        if gaps is None:
+            return DEFAULT_TTL_NS
+        delay_ns = sum(self._delays) / len(self._delays) if self._delays else 0.0
+        reload_ns = self._costs.prefill_ns(session.context_tokens)
+        return best_ttl_ns(gaps, delay_ns * self._memoryfulness.value + reload_ns)
+
+    def score(self, session: Session, now_ns: int) -> Key:
+        if session.is_pinned(now_ns):
+            return (-session.program.sequence,)
+        return (session.last_used_ns,)
+
+    def predict(self, session: Session, now_ns: int) -> Forecast | None:
+        if session.idle_since_ns is None:
+            return Forecast(now_ns)
+        if session.is_last_turn:
+            return Forecast(math.inf)
+        gaps = self._registry.gaps.of(session.tool_name, 1)
+        return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
+
+    def act(self, now_ns: int) -> Iterable[Action]:
+        actions, self._pins = self._pins, []
+        return actions
+
+
+class Continuum(Ttl):
+    """`Ttl`, and programs in the order of their arrival, those first whose blocks are still pinned."""
+
+    name: ClassVar[str] = "continuum"
+
+    def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
+        return (0 if session.is_pinned(now_ns) else 1, session.program.sequence)

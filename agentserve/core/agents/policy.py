@@ -1,0 +1,130 @@
+"""What a policy is: observe, score, predict, act (CacheSage, section 3; design, section 7).
+
+A policy sits in one seat or in several: *retention* says what is worth keeping, *order* who goes first. What it does
+not say is decided as without it. It must not do what the control plane must not do: no clock, no files, no threads.
+"""
+
+# ruff: noqa: ARG002  # a hook gets what any policy may need
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, TypeAlias
+
+from agentserve.core.agents.registry import Session
+from agentserve.core.memory.eviction import Key, lru_key
+from agentserve.core.memory.radix import RadixNode
+from agentserve.core.request import FinishReason, Request
+
+
+class TurnKind(StrEnum):
+    """What happened to a call of a session."""
+
+    SUBMITTED = "submitted"
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEvent:
+    """Something happened to a call. The session has its new state already."""
+
+    kind: TurnKind
+    session: Session
+    request: Request
+    at_ns: int
+    lasted_ns: int = 0
+    """ADMITTED: how long it has waited. PREEMPTED, FINISHED: how long it has run, 0 if it never did."""
+    reason: FinishReason | None = None
+    """FINISHED: why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """When a session is expected to need its blocks again."""
+
+    next_use_ns: float
+    """On the driver's clock; infinite: never."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Keeps the private blocks of a session until a time, or until its next call has been admitted.
+
+    Pins hold back admissions, within a share of the memory. They yield when nothing runs that could end, and to
+    requests that run already.
+    """
+
+    session: Session
+    until_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Frees the private blocks of a session that nobody holds."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Demote:
+    """Takes the private blocks of a session that nobody holds down to the next tier, while its tool runs."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Rescore:
+    """Asks `score` again: a session is worth more or less than before although nothing happened to it."""
+
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Reprioritize:
+    """Gives a call that waits another place within its priority."""
+
+    request_id: str
+    key: Key
+
+
+Action: TypeAlias = Pin | Drop | Demote | Rescore | Reprioritize
+
+
+class Policy:
+    """Base class, and the built-in behaviour of each seat: least recently used goes first, first come first served."""
+
+    name: ClassVar[str] = "lru"
+    scores_blocks: ClassVar[bool] = False
+    """True: blocks compete one by one, by `score_block`. False: sessions compete by `score`, and within a session the
+    end of what was used longest ago goes first."""
+
+    def observe(self, event: TurnEvent) -> None:
+        """Called for everything that happens to a call, in order."""
+
+    def score(self, session: Session, now_ns: int) -> Key:
+        """What the blocks of a session are worth; the smallest goes first. Asked after each of the session's events."""
+        return (session.last_used_ns,)
+
+    def score_block(self, node: RadixNode) -> Key:
+        """The same for a single block. It must not change while nobody uses the block."""
+        return lru_key(node)
+
+    def predict(self, session: Session, now_ns: int) -> Forecast | None:
+        """When an idle session will be back. None: no idea."""
+        return None
+
+    def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
+        """The place of a call among those of its priority, as it comes; the smallest goes first, then the oldest."""
+        return ()
+
+    def act(self, now_ns: int) -> Iterable[Action]:
+        """What to do now. Called before each admission after an event, and when a deadline is due."""
+        return ()
+
+    def next_deadline_ns(self) -> int | None:
+        """When `act` is to be called even if nothing happens, while calls wait."""
+        return None

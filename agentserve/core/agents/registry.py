@@ -1,0 +1,171 @@
+"""Who asks: sessions and programs, and what was seen of them so far.
+
+Only the past is kept here. What a client does not say is not guessed, but for one thing: a call without any name
+belongs to the session whose history it goes on with.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from agentserve.core.events import Foresight
+from agentserve.core.memory.eviction import EvictionGroup, SessionBlocks
+
+MAX_SESSIONS = 4096
+"""Sessions that are remembered; the idle one that was used longest ago is forgotten first."""
+_MAX_TOOLS = 256
+_MAX_GAPS = 128
+"""Gaps of one tool that are remembered, the latest ones."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Program:
+    """What an agent was asked to do, from its first call to its last one; one session or several."""
+
+    program_id: str
+    arrival_ns: int
+    sequence: int
+    """Order of arrival."""
+    num_sessions: int = 0
+    num_turns: int = 0
+    """Calls that have ended."""
+    attained_ns: int = 0
+    """Time for which its calls have run, summed over calls."""
+    waited_ns: int = 0
+    """Time for which its calls have waited for memory or their turn."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Session:
+    """A run of turns that share a growing prefix."""
+
+    session_id: str
+    program: Program
+    blocks: SessionBlocks
+    agent_id: str | None = None
+    num_turns: int = 0
+    """Calls that have ended."""
+    num_waiting: int = 0
+    num_running: int = 0
+    context_tokens: int = 0
+    """Prompt and output of the call that ended last."""
+    last_used_ns: int = 0
+    """When a call of it came or ended."""
+    idle_since_ns: int | None = None
+    """End of its last call if none is open: the tool runs since then."""
+    tool_name: str | None = None
+    """The tool that the last call ended with, if anybody said so."""
+    is_last_turn: bool | None = None
+    """Whether the last call that came is the program's last one. None: nobody said."""
+    foresight: Foresight | None = None
+    """What an oracle may know; None outside the simulator."""
+    pinned_until_ns: int | None = None
+    """Its blocks stay until then; None: they are not pinned."""
+    pin_id: int = 0
+    """Number of its latest pin: tells a timer whether it is outdated."""
+
+    @property
+    def is_idle(self) -> bool:
+        return self.num_waiting + self.num_running == 0
+
+    def is_pinned(self, now_ns: int) -> bool:
+        """Whether its blocks are to stay."""
+        return self.pinned_until_ns is not None and now_ns < self.pinned_until_ns
+
+
+@dataclass(slots=True)
+class GapSamples:
+    """The latest gaps of one tool, in nanoseconds: from the end of a turn to the arrival of the next one."""
+
+    latest: deque[int] = field(default_factory=deque)
+    ascending: list[int] = field(default_factory=list)
+    total: int = 0
+
+    def add(self, gap_ns: int) -> None:
+        """Takes a gap; the oldest one goes when there are too many."""
+        if len(self.latest) == _MAX_GAPS:
+            oldest = self.latest.popleft()
+            del self.ascending[bisect.bisect_left(self.ascending, oldest)]
+            self.total -= oldest
+        self.latest.append(gap_ns)
+        bisect.insort(self.ascending, gap_ns)
+        self.total += gap_ns
+
+    @property
+    def mean_ns(self) -> float:
+        """Raises ZeroDivisionError if there is none."""
+        return self.total / len(self.latest)
+
+
+class GapStatistics:
+    """How long tools run, as seen from here."""
+
+    def __init__(self) -> None:
+        self.overall = GapSamples()
+        self._by_tool: OrderedDict[str, GapSamples] = OrderedDict()
+
+    def add(self, tool_name: str | None, gap_ns: int) -> None:
+        self.overall.add(gap_ns)
+        if tool_name is None:
+            return
+        samples = self._by_tool.get(tool_name)
+        if samples is None:
+            samples = self._by_tool[tool_name] = GapSamples()
+            if len(self._by_tool) > _MAX_TOOLS:
+                self._by_tool.popitem(last=False)
+        self._by_tool.move_to_end(tool_name)
+        samples.add(gap_ns)
+
+    def of(self, tool_name: str | None, min_samples: int) -> GapSamples | None:
+        """The gaps of a tool, of all tools if there are fewer than `min_samples`, None if there are too few even so."""
+        samples = None if tool_name is None else self._by_tool.get(tool_name)
+        for candidate in (samples, self.overall):
+            if candidate is not None and len(candidate.latest) >= min_samples:
+                return candidate
+        return None
+
+
+class AgentRegistry:
+    """All sessions and programs that are remembered."""
+
+    def __init__(self) -> None:
+        self.sessions: OrderedDict[str, Session] = OrderedDict()
+        self.programs: dict[str, Program] = {}
+        self.gaps = GapStatistics()
+        self._num_programs = 0
+
+    def open(
+        self, session_id: str, program_id: str, agent_id: str | None, now_ns: int, group: EvictionGroup
+    ) -> tuple[Session, list[Session]]:
+        """The session, new if need be with `group` for its blocks, and the sessions that were forgotten for it."""
+        session = self.sessions.get(session_id)
+        forgotten: list[Session] = []
+        if session is None:
+            program = self.programs.get(program_id)
+            if program is None:
+                self._num_programs += 1
+                program = self.programs[program_id] = Program(program_id, now_ns, self._num_programs)
+            program.num_sessions += 1
+            session = Session(session_id, program, SessionBlocks(session_id, group), agent_id)
+            self.sessions[session_id] = session
+            forgotten = self._forget_idle()
+        self.sessions.move_to_end(session_id)
+        return session, forgotten
+
+    def _forget_idle(self) -> list[Session]:
+        """Makes room for a new session. Open ones are passed over, so there may be more than the limit for a while."""
+        forgotten: list[Session] = []
+        for session in self.sessions.values():
+            if len(self.sessions) - len(forgotten) <= MAX_SESSIONS:
+                break
+            # The newest one has no call yet.
+            if session.is_idle and session.num_turns:
+                forgotten.append(session)
+        for session in forgotten:
+            del self.sessions[session.session_id]
+            session.program.num_sessions -= 1
+            if session.program.num_sessions == 0:
+                del self.programs[session.program.program_id]
+        return forgotten

@@ -1,0 +1,258 @@
+"""Which cached block goes first: leaves in groups, whose keys a policy may change at any time.
+
+    groups by key          a heap; an entry is outdated when its group got another key since
+      leaves by key        a heap in each group; an entry is outdated when its leaf was used again or evicted
+
+What a block is worth within its group is read once, when it becomes an evictable leaf. What changes with time or with
+what a session does is the key of the group: a new key is one more entry in the upper heap. So everything is
+O(log n) amortized, and without a policy there is one group only: least recently used first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from enum import IntEnum
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from agentserve.core.memory.radix import RadixNode
+
+_MIN_COMPACTION = 64
+"""Below this many outdated entries it is not worth cleaning up a heap."""
+
+Key: TypeAlias = tuple[float, ...]
+"""What something is worth: the smallest is evicted first."""
+EvictionKey: TypeAlias = Callable[["RadixNode"], Key]
+"""What a block is worth within its group. It is read when the node becomes an evictable leaf and must not change while
+it stays one."""
+_Entry: TypeAlias = tuple[Key, int, int, "RadixNode"]
+
+
+class Rank(IntEnum):
+    """First number of a group's key: what goes first, whatever a policy says (design, section 6)."""
+
+    SUPERSEDED = 0
+    """Branches that a session has left."""
+    PRIVATE = 1
+    """History of one session; also everything that belongs to nobody."""
+    SHARED = 2
+    """Anchors: what several sessions use, such as a system prompt and its tools."""
+    PINNED = 3
+    """Private history that is to stay until a time or until its session is back."""
+
+
+def lru_key(node: RadixNode) -> Key:
+    """Least recently used first. Only leaves are evicted, so the end of a path goes before its beginning."""
+    return (node.last_access,)
+
+
+class EvictionGroup:
+    """Blocks that are worth the same: the private history of a session, or a class of blocks."""
+
+    __slots__ = ("heap", "is_listed", "is_pinned", "key", "num_cached", "num_live", "num_stale", "sequence", "version")
+
+    def __init__(self, key: Key, sequence: int) -> None:
+        self.key = key
+        self.sequence = sequence
+        """Order of creation: decides between groups of one key."""
+        self.is_pinned = False
+        self.heap: list[_Entry] = []
+        self.num_live = 0
+        """Evictable leaves in it."""
+        self.num_stale = 0
+        """Outdated entries of its heap."""
+        self.num_cached = 0
+        """Blocks in it that nobody holds, leaves or not."""
+        self.version = 0
+        """How often it got another key: entries of the upper heap with another number are outdated."""
+        self.is_listed = False
+        """Whether the upper heap has a current entry of it."""
+
+
+class SessionBlocks:
+    """What the memory knows of a session: the group of its private blocks and the path that it used last."""
+
+    __slots__ = ("group", "is_transient", "path", "session_id")
+
+    def __init__(self, session_id: str, group: EvictionGroup) -> None:
+        self.session_id = session_id
+        self.group = group
+        self.path: list[RadixNode] = []
+        self.is_transient = False
+        """Whether its private blocks become free as soon as nobody holds them."""
+
+
+class EvictionOrder:
+    """All evictable leaves, and the order in which they go."""
+
+    def __init__(self, block_key: EvictionKey = lru_key) -> None:
+        self.block_key = block_key
+        self.num_pinned = 0
+        """Blocks that nobody holds, in groups that are pinned."""
+        self.num_unlike_lru = 0
+        """Evictions of a block that was not the least recently used one; counted once a policy is in charge."""
+        self._num_groups = 0
+        self._groups: list[tuple[Key, int, int, EvictionGroup]] = []
+        self._num_listed = 0
+        self._by_age: list[tuple[int, int, int, RadixNode]] | None = None
+        self._num_live = 0
+        self.common = self.new_group((Rank.PRIVATE,))
+        """Blocks without a group of their own."""
+        self.superseded = self.new_group((Rank.SUPERSEDED,))
+        self.shared = self.new_group((Rank.SHARED,))
+
+    def new_group(self, key: Key) -> EvictionGroup:
+        """A group without blocks. It lives as long as somebody refers to it."""
+        self._num_groups += 1
+        return EvictionGroup(key, self._num_groups)
+
+    def rate(self, node: RadixNode) -> Key:
+        """What a block is worth among all others, for a place that keeps no groups. A pin does not count there."""
+        group = node.group or self.common
+        return (*((Rank.PRIVATE,) if group.is_pinned else group.key), *self.block_key(node))
+
+    def compare_with_lru(self) -> None:
+        """Counts from now on, in `num_unlike_lru`, what is evicted although something else was used longer ago."""
+        assert self._by_age is None and self._num_live == 0, "there are blocks already"
+        self._by_age = []
+
+    def push(self, node: RadixNode) -> None:
+        """A node became an evictable leaf."""
+        group = node.group or self.common
+        if group.num_stale > _MIN_COMPACTION and 2 * group.num_stale > len(group.heap):
+            group.heap = [entry for entry in group.heap if entry[2] == entry[3].stamp]
+            heapq.heapify(group.heap)
+            group.num_stale = 0
+        heapq.heappush(group.heap, (self.block_key(node), node.sequence, node.stamp, node))
+        group.num_live += 1
+        self._num_live += 1
+        if not group.is_listed:
+            self._list(group)
+        if self._by_age is not None:
+            self._push_by_age(node)
+
+    def discard(self, node: RadixNode) -> None:
+        """A node is no evictable leaf any more."""
+        group = node.group or self.common
+        node.stamp += 1
+        group.num_stale += 1
+        group.num_live -= 1
+        self._num_live -= 1
+
+    def pop(self) -> RadixNode:
+        """Takes out the leaf that goes first. There must be one."""
+        while True:
+            assert self._groups, "nothing can be evicted"
+            _, _, version, group = self._groups[0]
+            if version == group.version and group.num_live:
+                break
+            heapq.heappop(self._groups)
+            if version == group.version:
+                group.is_listed = False
+                self._num_listed -= 1
+        if self._by_age is not None and not self._is_oldest(group):
+            self.num_unlike_lru += 1
+        return self.pop_from(group)
+
+    def pop_from(self, group: EvictionGroup) -> RadixNode:
+        """Takes out the leaf of a group that goes first. There must be one."""
+        while True:
+            _, _, stamp, node = heapq.heappop(group.heap)
+            if stamp == node.stamp:
+                break
+            group.num_stale -= 1
+        node.stamp += 1
+        group.num_live -= 1
+        self._num_live -= 1
+        return node
+
+    def rekey(self, group: EvictionGroup, key: Key, *, is_pinned: bool = False) -> None:
+        """Gives a group another key. Its blocks are at their new place at once."""
+        if is_pinned != group.is_pinned:
+            group.is_pinned = is_pinned
+            self.num_pinned += group.num_cached if is_pinned else -group.num_cached
+        if key == group.key:
+            return
+        group.key = key
+        group.version += 1
+        if group.is_listed:
+            group.is_listed = False
+            self._num_listed -= 1
+        if group.num_live:
+            self._list(group)
+
+    def count_cached(self, group: EvictionGroup, change: int) -> None:
+        """`change` more blocks of the group are held by nobody."""
+        group.num_cached += change
+        if group.is_pinned:
+            self.num_pinned += change
+
+    def move(self, node: RadixNode, group: EvictionGroup) -> None:
+        """Moves a node that nobody holds to another group."""
+        was_leaf = node.is_evictable
+        if was_leaf:
+            self.discard(node)
+        if node.group is not None:
+            self.count_cached(node.group, -1)
+        node.group = group
+        self.count_cached(group, 1)
+        if was_leaf:
+            self.push(node)
+
+    def check_invariants(self, nodes: list[RadixNode]) -> None:
+        """Raises AssertionError if a heap or a counter does not fit `nodes`, all that there are."""
+        groups = {node.group or self.common for node in nodes} | {entry[3] for entry in self._groups}
+        live: list[_Entry] = []
+        for group in groups:
+            entries = [entry for entry in group.heap if entry[2] == entry[3].stamp]
+            assert len(entries) == group.num_live, "the counter of leaves of a group is wrong"
+            assert len(group.heap) - len(entries) == group.num_stale, "the counter of stale heap entries is wrong"
+            assert all((entry[3].group or self.common) is group for entry in entries), "a leaf is in another group"
+            listed = [entry for entry in self._groups if entry[3] is group and entry[2] == group.version]
+            assert len(listed) == group.is_listed, "a group is listed twice, or not at all"
+            assert group.is_listed or not group.num_live, "a group with leaves is not listed"
+            assert all(entry[0] == group.key for entry in listed), "a group is listed with an old key"
+            if group is not self.common:
+                num_cached = sum(node.num_refs == 0 and node.group is group for node in nodes)
+                assert group.num_cached == num_cached, f"{group.num_cached} blocks counted in a group of {num_cached}"
+            _check_heap(group.heap)
+            live += entries
+        _check_heap(self._groups)
+        evictable = {node.sequence for node in nodes if node.is_evictable}
+        assert len(live) == len(evictable) == self._num_live, "a leaf is in the heap twice, or not at all"
+        assert {entry[3].sequence for entry in live} == evictable, "the heaps hold other nodes than the evictable ones"
+        for key, sequence, _, node in live:
+            assert (key, sequence) == (self.block_key(node), node.sequence), f"block {node.block_id}: stale key"
+        pinned = sum(node.num_refs == 0 and node.group is not None and node.group.is_pinned for node in nodes)
+        assert self.num_pinned == pinned, f"{self.num_pinned} pinned blocks counted, there are {pinned}"
+
+    def _list(self, group: EvictionGroup) -> None:
+        if len(self._groups) > _MIN_COMPACTION + 2 * self._num_listed:
+            self._groups = [entry for entry in self._groups if entry[2] == entry[3].version and entry[3].is_listed]
+            heapq.heapify(self._groups)
+        heapq.heappush(self._groups, (group.key, group.sequence, group.version, group))
+        group.is_listed = True
+        self._num_listed += 1
+
+    def _push_by_age(self, node: RadixNode) -> None:
+        assert self._by_age is not None
+        if len(self._by_age) > _MIN_COMPACTION + 2 * self._num_live:
+            self._by_age = [entry for entry in self._by_age if entry[2] == entry[3].stamp]
+            heapq.heapify(self._by_age)
+        heapq.heappush(self._by_age, (node.last_access, node.sequence, node.stamp, node))
+
+    def _is_oldest(self, group: EvictionGroup) -> bool:
+        """Whether the first leaf of `group` is the one that was used longest ago."""
+        assert self._by_age is not None
+        while self._by_age[0][2] != self._by_age[0][3].stamp:
+            heapq.heappop(self._by_age)
+        while group.heap[0][2] != group.heap[0][3].stamp:
+            heapq.heappop(group.heap)
+            group.num_stale -= 1
+        return self._by_age[0][3] is group.heap[0][3]
+
+
+def _check_heap(heap: list[_Entry] | list[tuple[Key, int, int, EvictionGroup]]) -> None:
+    for index in range(1, len(heap)):
+        assert heap[(index - 1) // 2][:3] <= heap[index][:3], "a heap is out of order"

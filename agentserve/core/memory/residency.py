@@ -1,0 +1,396 @@
+"""Where the KV of a block is besides the device: copies down, loads up, and what is worth either.
+
+    device pool                blocks: free, held, cached, or *leaving* (evicted, but still being copied down)
+      | ^   link of tier 0, one copy at a time each way
+    tier 0 (host)              slots: free, arriving, ready, or locked by whoever reads them
+      | ^   link of tier 1; loads from tier 1 go straight to the device
+    tier 1 (CXL or disk) ...
+
+A block that has to leave and is not below yet is copied first, and the admission that needs its place waits until that
+is done; a sequence that grows does not wait, so then the block is dropped. Two modes of writing back say when copies
+are made besides. `incremental`: a prefix that nobody uses any more is copied down in the background while it stays on
+the device, so that evicting it later is free. `on_evict`: not before it has to leave, which moves fewer bytes.
+
+Either way a run of blocks goes down only if loading it back is predicted to be cheaper than computing it again. Loads
+are cut into transfers of a few blocks, and the most urgent load goes next at each cut: so an urgent one preempts the
+others (as in ScaleSim). A load that fails is a miss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+from agentserve.config import TieringConfig
+from agentserve.core.memory.copies import Copy, depth_of, runs_of
+from agentserve.core.memory.loads import Load, LoadProgress, LoadQueue, Place
+from agentserve.core.memory.radix import RadixNode
+from agentserve.core.memory.tiers import TierStore, child_id, content_id, root_id
+from agentserve.core.stats import TierStats
+from agentserve.core.transfers import Tier, Transfer, TransferKind, TransferOutput
+
+RecomputeCost: TypeAlias = Callable[[int, int], int]
+"""`(start, num_tokens)`: nanoseconds to compute the KV of so many tokens behind `start` others."""
+
+
+class Residency:
+    """The tiers below the device pool and all transfers between them. Belongs to `MemoryManager`."""
+
+    def __init__(
+        self,
+        config: TieringConfig,
+        block_size: int,
+        *,
+        rate: Callable[[RadixNode], tuple[float, ...]],
+        free_block: Callable[[int], None],
+        recompute_ns: RecomputeCost | None,
+    ) -> None:
+        """Makes empty tiers.
+
+        Args:
+            config: the tiers, the nearest one first.
+            block_size: tokens in a block.
+            rate: what a block is worth: the key of the eviction policy.
+            free_block: gives a block of the device back to its pool.
+            recompute_ns: what computing costs; None: a copy is always taken to be cheaper.
+        """
+        self.num_leaving_blocks = 0
+        """Blocks of the device that are evicted and will be free when they have been copied."""
+        self.num_copying_blocks = 0
+        """Blocks of the device that are being copied and are not leaving: evicting them frees nothing at once."""
+        self._config = config
+        self._size = block_size
+        self._rate = rate
+        self._free_block = free_block
+        self._recompute_ns = recompute_ns
+        self._tiers = [TierStore(tier) for tier in config.tiers]
+        self._outbound: dict[bytes, Copy] = {}
+        """Copies from the device, queued or under way."""
+        self._urgent: list[deque[Copy]] = [deque() for _ in self._tiers]
+        """For each tier, copies into it whose place somebody waits for."""
+        self._idle: deque[Copy] = deque()
+        """Copies into the first tier that nobody waits for."""
+        self._loads = LoadQueue(self._tiers, config.max_transfer_blocks)
+        self._flying: dict[tuple[int, bool], tuple[Transfer, list[Copy] | Load]] = {}
+        """What each link (tier, goes up) is copying."""
+        self._num_transfers = 0
+        self._counts: list[Counter[str]] = [Counter() for _ in self._tiers]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a transfer is under way."""
+        return bool(self._flying)
+
+    @property
+    def is_freeing(self) -> bool:
+        """Whether copies are under way that will free blocks of the device, or let them be evicted."""
+        return self.num_leaving_blocks + self.num_copying_blocks > 0
+
+    # ---- what is below ----
+
+    def find(self, parent: RadixNode | None, salt: str | None, blocks: Iterable[Sequence[int]]) -> list[Place]:
+        """Ready blocks behind `parent` (None: the root of `salt`), each in the nearest tier that has it."""
+        above = root_id(salt) if parent is None else content_id(parent)
+        found = []
+        for token_ids in blocks:
+            above = child_id(above, token_ids)
+            places = ((index, store.find(above)) for index, store in enumerate(self._tiers))
+            place = next(((index, e) for index, e in places if e is not None and e.is_ready), None)
+            if place is None:
+                break
+            found.append(place)
+        return found
+
+    def worth_loading(self, found: list[Place], start: int) -> list[Place]:
+        """The runs of `found`, each in one tier, up to the first that is computed sooner than it is loaded.
+
+        `start`: tokens before them. What is queued for the same link goes first and counts.
+        """
+        backlog = self._loads.backlog()
+        end = 0
+        while end < len(found):
+            tier, first = found[end][0], end
+            while end < len(found) and found[end][0] == tier:
+                end += 1
+            if not self._is_worth(tier, end - first, start + first * self._size, backlog[tier]):
+                return found[:first]
+        return found
+
+    def begin_load(self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], priority: int) -> None:
+        """Queues the copies into `block_ids`, which belong to the request until the load is over."""
+        self._loads.begin(request_id, places, block_ids, priority)
+
+    def abort_load(self, request_id: str) -> bool:
+        """Cuts a load short. True if it is over now; False if it will be when the transfer under way is done."""
+        return self._loads.abort(request_id)
+
+    # ---- what the device pool does ----
+
+    def released(self, path: Sequence[RadixNode]) -> None:
+        """A request or a lock lets go of these nodes: they have a new rating, and may be copied down."""
+        below = self._tiers[0]
+        fresh: list[RadixNode] = []
+        for node in path:
+            if not node.is_ready:
+                break
+            entry = below.find(content_id(node))
+            if entry is not None:
+                below.rate(entry, self._rate(node))
+            elif node.content_id not in self._outbound:
+                fresh.append(node)
+        if self._config.write_back == "incremental":
+            for run in runs_of(fresh):
+                if self._is_worth(0, len(run), depth_of(run[0]) * self._size):
+                    self._idle.extend(self._copy(node) for node in run)
+
+    def evicted(self, nodes: Sequence[RadixNode], *, may_wait: bool) -> None:
+        """Takes nodes that have left the tree, in that order. Their blocks are free now, or when they are copied.
+
+        `may_wait`: whoever needs the blocks can wait for that.
+        """
+        below = self._tiers[0]
+        fresh = []
+        for node in nodes:
+            found = content_id(node)
+            entry, copy = below.find(found), self._outbound.get(found)
+            if copy is not None and copy.source_id == node.block_id and not copy.is_leaving:
+                if copy.entry is not None:
+                    copy.is_leaving = True
+                    self.num_leaving_blocks += 1
+                    self.num_copying_blocks -= 1
+                    continue
+                copy.is_cancelled = True
+                del self._outbound[found]
+            elif entry is not None or copy is not None:
+                if entry is not None:
+                    below.rate(entry, self._rate(node))
+                self._free_block(node.block_id)
+                continue
+            fresh.append(node)
+        fresh.reverse()  # the end of a prefix is evicted before its beginning
+        for run in runs_of(fresh):
+            if may_wait and self._is_worth(0, len(run), depth_of(run[0]) * self._size):
+                for node in reversed(run):
+                    copy = self._copy(node)
+                    copy.is_leaving = True
+                    self._urgent[0].append(copy)
+                self.num_leaving_blocks += len(run)
+            else:
+                self._counts[0]["dropped"] += len(run)
+                for node in reversed(run):
+                    self._free_block(node.block_id)
+
+    def forget(self, node: RadixNode) -> None:
+        """Drops what the tiers hold of a block, unless somebody reads it just now."""
+        for store in self._tiers:
+            entry = store.find(content_id(node))
+            if entry is not None and entry.is_ready and not entry.num_refs:
+                store.discard(entry)
+
+    # ---- transfers ----
+
+    def start(self) -> list[Transfer]:
+        """What the executor is to copy now: at most one transfer for each link and direction."""
+        started = []
+        for index in range(len(self._tiers)):
+            for transfer in (self._start_load(index), self._start_store(index)):
+                if transfer is not None:
+                    started.append(transfer)
+        return started
+
+    def finish(self, output: TransferOutput) -> LoadProgress | None:
+        """Books a transfer that is done; says so if a request waits for it."""
+        link = next((key for key, (t, _) in self._flying.items() if t.transfer_id == output.transfer_id), None)
+        assert link is not None, f"unexpected {output}"
+        transfer, cargo = self._flying.pop(link)
+        counts = self._counts[link[0]]
+        if output.error is not None:
+            counts["failed"] += 1
+        else:
+            counts["loaded_bytes" if link[1] else "stored_bytes"] += transfer.num_bytes
+        if isinstance(cargo, Load):
+            progress = self._loads.finish(cargo, ok=output.error is None)
+            counts["hit_blocks"] += progress.num_blocks
+            return progress
+        for copy in cargo:
+            self._stored(link[0], copy, output.error is None)
+        return None
+
+    def stats(self) -> tuple[TierStats, ...]:
+        """The tiers as they are now, the nearest one first."""
+        return tuple(
+            TierStats(
+                tier=store.tier.value,
+                num_blocks=store.num_blocks,
+                num_used_blocks=store.num_used_blocks,
+                num_hit_tokens=counts["hit_blocks"] * self._size,
+                stored_bytes=counts["stored_bytes"],
+                loaded_bytes=counts["loaded_bytes"],
+                num_dropped_blocks=counts["dropped"],
+                num_failed_transfers=counts["failed"],
+            )
+            for store, counts in zip(self._tiers, self._counts, strict=True)
+        )
+
+    def num_used_blocks(self) -> tuple[int, ...]:
+        """Blocks in each tier, those included that are being written."""
+        return tuple(store.num_used_blocks for store in self._tiers)
+
+    def leaving_block_ids(self) -> list[int]:
+        """The blocks of the device that are neither free nor in the tree. For checks."""
+        return [copy.source_id for copy in self._outbound.values() if copy.is_leaving]
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if a block is in two places or in none, or a lock belongs to no transfer."""
+        locks = self._loads.locks()
+        copies = [copy for _, cargo in self._flying.values() if isinstance(cargo, list) for copy in cargo]
+        copies += [copy for queue in self._urgent for copy in queue]
+        locks.update((c.origin[0], c.origin[1].content_id) for c in copies if c.origin is not None)
+        for index, store in enumerate(self._tiers):
+            store.check_invariants()
+            arriving = {c.content_id for c in copies if c.entry is not None and store.find(c.content_id) is c.entry}
+            for entry in store.entries():
+                num_locks = locks.pop((index, entry.content_id), 0)
+                assert entry.num_refs == num_locks, f"{store.tier}: a block has {entry.num_refs} locks, not {num_locks}"
+                assert entry.is_ready != (entry.content_id in arriving), f"{store.tier}: a block arrives from nowhere"
+        assert not locks, "a transfer reads a block that is gone"
+        live = [c for c in (*copies, *self._idle) if c.origin is None and not c.is_cancelled]
+        assert {id(c) for c in live} == {id(c) for c in self._outbound.values()}, "a copy from the device is lost"
+        assert self.num_leaving_blocks == len(self.leaving_block_ids()), "wrong count of leaving blocks"
+        num_copying = sum(c.entry is not None and not c.is_leaving for c in live)
+        assert self.num_copying_blocks == num_copying, "wrong count of blocks that are being copied"
+
+    # ---- up ----
+
+    def _start_load(self, index: int) -> Transfer | None:
+        if (index, True) in self._flying:
+            return None
+        load = self._loads.next_piece(index)
+        if load is None:
+            return None
+        ids = [(entry.slot, block_id) for _, entry, block_id in load.flying]
+        return self._fly(index, self._tiers[index].tier, ids, load)
+
+    # ---- down ----
+
+    def _copy(self, node: RadixNode) -> Copy:
+        assert node.parent is not None
+        copy = Copy(content_id(node), content_id(node.parent), self._rate(node), node.block_id, None)
+        self._outbound[copy.content_id] = copy
+        return copy
+
+    def _start_store(self, index: int) -> Transfer | None:
+        if (index, False) in self._flying:
+            return None
+        copies: list[Copy] = []
+        queues = (self._urgent[0], self._idle) if index == 0 else (self._urgent[index],)
+        for queue in queues:
+            while queue and len(copies) < self._config.max_transfer_blocks:
+                if not self._admit_copy(index, queue[0], copies):
+                    return self._fly_store(index, copies)
+                queue.popleft()
+        return self._fly_store(index, copies)
+
+    def _admit_copy(self, index: int, copy: Copy, copies: list[Copy]) -> bool:
+        """Puts a copy among those that start now, or gives it up; False if it has to wait for a slot."""
+        store = self._tiers[index]
+        # Copies into further tiers start from an only device or host copy; transfers from two sources are not mixed.
+        if copies and (copies[0].origin is None) != (copy.origin is None):
+            return False
+        if copy.is_cancelled:
+            return True
+        forced = copy.is_leaving or copy.origin is not None
+        fits = self._make_room(index, copy.key, forced)
+        if fits is None:
+            return False
+        if fits:
+            copy.entry = store.insert(copy.content_id, copy.parent_id, copy.key)
+            self.num_copying_blocks += not forced
+            copies.append(copy)
+        else:
+            del self._outbound[copy.content_id]
+        return True
+
+    def _fly_store(self, index: int, copies: list[Copy]) -> Transfer | None:
+        if not copies:
+            return None
+        origin = copies[0].origin
+        source = Tier.DEVICE if origin is None else self._tiers[origin[0]].tier
+        ids = [(copy.source_id, copy.entry.slot) for copy in copies if copy.entry is not None]
+        return self._fly(index, source, ids, copies)
+
+    def _stored(self, index: int, copy: Copy, ok: bool) -> None:
+        assert copy.entry is not None
+        if ok:
+            self._tiers[index].arrived(copy.entry)
+        else:
+            self._tiers[index].discard(copy.entry)
+        if copy.origin is not None:
+            tier, entry = copy.origin
+            self._tiers[tier].release(entry)
+            if not ok:
+                self._tiers[tier].discard_idle(entry)  # it was about to leave; trying again might never end
+            return
+        del self._outbound[copy.content_id]
+        if copy.is_leaving:
+            self.num_leaving_blocks -= 1
+            self._free_block(copy.source_id)
+        else:
+            self.num_copying_blocks -= 1
+
+    def _make_room(self, index: int, key: tuple[float, ...], forced: bool) -> bool | None:
+        """Whether a block of this worth gets a slot: None if it has to wait, False if all that is there is worth more.
+
+        `forced`: it gets one in any case.
+        """
+        store, below = self._tiers[index], index + 1
+        while not store.num_free_blocks:
+            victim = store.victim()
+            if victim is None:
+                return None
+            if not forced and victim.key >= key:
+                return False
+            num_waiting = len(self._urgent[index]) + (len(self._idle) if index == 0 else 0)
+            run = store.run_above(victim, min(self._config.max_transfer_blocks, num_waiting))
+            if below == len(self._tiers) or self._tiers[below].find(victim.content_id) is not None:
+                store.discard(victim)
+            elif self._urgent[below] or (below, False) in self._flying:
+                return None
+            elif not self._is_worth(below, len(run), 0):
+                self._counts[below]["dropped"] += 1
+                store.discard(victim)
+            else:
+                for entry in run:
+                    if self._tiers[below].find(entry.content_id) is not None:
+                        break
+                    store.acquire(entry)
+                    down = Copy(entry.content_id, entry.parent_id, entry.key, entry.slot, (index, entry))
+                    self._urgent[below].append(down)
+                return None
+        return True
+
+    # ---- both ----
+
+    def _fly(self, index: int, source: Tier, ids: list[tuple[int, int]], cargo: list[Copy] | Load) -> Transfer:
+        """Puts a transfer on the link of a tier. `ids`: pairs of source and destination."""
+        is_load = isinstance(cargo, Load)
+        transfer = Transfer(
+            transfer_id=self._num_transfers,
+            kind=TransferKind.LOAD if is_load else TransferKind.STORE,
+            source=source,
+            destination=Tier.DEVICE if is_load else self._tiers[index].tier,
+            source_ids=tuple(source_id for source_id, _ in ids),
+            destination_ids=tuple(destination_id for _, destination_id in ids),
+            num_bytes=len(ids) * self._config.block_bytes,
+        )
+        self._num_transfers += 1
+        self._flying[index, is_load] = (transfer, cargo)
+        return transfer
+
+    def _is_worth(self, tier: int, num_blocks: int, start: int, num_queued: int = 0) -> bool:
+        """Whether loading a run of blocks, behind others on the same link, is predicted to beat computing it."""
+        if self._recompute_ns is None:
+            return True
+        load_ns = self._config.load_ns(tier, num_queued + num_blocks)
+        return load_ns < self._recompute_ns(start, num_blocks * self._size)

@@ -1,0 +1,212 @@
+"""One tier of KV blocks under the device pool: what is in it, in which slot, and what leaves it first.
+
+A tier is addressed by content: the id of a block is a digest of everything its KV depends on (salt and all tokens up to
+its end). So a block is found again whatever happened to its neighbours, and ids mean the same after a restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from agentserve.config import TierConfig
+from agentserve.core.memory.block import BlockPool
+from agentserve.core.memory.radix import RadixNode
+from agentserve.core.transfers import Tier
+
+_DIGEST_BYTES = 16
+_MIN_COMPACTION = 64
+"""Below this many stale heap entries it is not worth cleaning up."""
+
+
+def root_id(salt: str | None) -> bytes:
+    """What the ids of all blocks of a salt start from."""
+    text = b"" if salt is None else b"salt:" + salt.encode()
+    return hashlib.blake2b(text, digest_size=_DIGEST_BYTES).digest()
+
+
+def child_id(parent_id: bytes, token_ids: Sequence[int]) -> bytes:
+    """The id of the block with these tokens behind the block `parent_id` (or the root of a salt)."""
+    return hashlib.blake2b(parent_id + array("q", token_ids).tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def content_id(node: RadixNode) -> bytes:
+    """The id of a node's block; kept in the node. O(1) where its parent's is known, else O(depth)."""
+    chain = []
+    current = node
+    while current.content_id is None:
+        if current.parent is None:
+            current.content_id = root_id(current.salt)
+            break
+        chain.append(current)
+        current = current.parent
+    found = current.content_id
+    for current in reversed(chain):
+        found = current.content_id = child_id(found, current.key)
+    return found
+
+
+class TierEntry:
+    """A block in a tier. It is *arriving* until it has been written, and locked while it is read."""
+
+    __slots__ = ("content_id", "is_ready", "key", "num_refs", "parent_id", "sequence", "slot", "stamp")
+
+    def __init__(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...], slot: int, sequence: int) -> None:
+        self.content_id = content_id
+        self.parent_id = parent_id
+        self.key = key
+        """What it is worth, by the eviction policy: smallest goes first."""
+        self.slot = slot
+        self.sequence = sequence
+        self.is_ready = False
+        self.num_refs = 0
+        """Transfers, under way or queued, that read it."""
+        self.stamp = 0
+        """Heap entries with another number are stale."""
+
+
+class TierStore:
+    """The blocks of one tier. Moves no bytes.
+
+    The order of eviction is that of the device: smallest key first, and the end of a prefix before its beginning.
+    """
+
+    def __init__(self, config: TierConfig) -> None:
+        self.tier = Tier(config.name)
+        self.config = config
+        self.num_blocks = config.num_blocks
+        self._pool = BlockPool(config.num_blocks)
+        self._entries: dict[bytes, TierEntry] = {}
+        self._num_children: Counter[bytes] = Counter()
+        """Entries directly behind a block, whether that one is here or not."""
+        self._heap: list[tuple[tuple[float, ...], int, int, TierEntry]] = []
+        self._num_stale = 0
+        self._last_sequence = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_used_blocks(self) -> int:
+        """Blocks that hold something or are being written."""
+        return self.num_blocks - self._pool.num_free
+
+    def find(self, content_id: bytes) -> TierEntry | None:
+        """The block, ready or arriving."""
+        return self._entries.get(content_id)
+
+    def insert(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...]) -> TierEntry:
+        """Takes a free slot for a block that is about to be written. There must be one, and the block must be new."""
+        assert content_id not in self._entries, "the block is in the tier already"
+        self._last_sequence += 1
+        (slot,) = self._pool.take(1)
+        entry = TierEntry(content_id, parent_id, key, slot, self._last_sequence)
+        self._entries[content_id] = entry
+        parent = self._entries.get(parent_id)
+        if parent is not None:
+            self._unlist(parent)
+        self._num_children[parent_id] += 1
+        return entry
+
+    def arrived(self, entry: TierEntry) -> None:
+        """The block has been written."""
+        entry.is_ready = True
+        self._list(entry)
+
+    def acquire(self, entry: TierEntry) -> None:
+        """Keeps a ready block while it is read."""
+        self._unlist(entry)
+        entry.num_refs += 1
+
+    def release(self, entry: TierEntry) -> None:
+        """Ends one `acquire`."""
+        assert entry.num_refs > 0, "a block of a tier is released more often than it was acquired"
+        entry.num_refs -= 1
+        self._list(entry)
+
+    def rate(self, entry: TierEntry, key: tuple[float, ...]) -> None:
+        """Changes what a block is worth."""
+        if key != entry.key:
+            self._unlist(entry)
+            entry.key = key
+            self._list(entry)
+
+    def discard(self, entry: TierEntry) -> None:
+        """Takes a block that nobody reads out of the tier, ready or not."""
+        assert entry.num_refs == 0, "a block that is being read cannot leave its tier"
+        self._unlist(entry)
+        del self._entries[entry.content_id]
+        self._pool.put(entry.slot)
+        self._num_children[entry.parent_id] -= 1
+        if not self._num_children[entry.parent_id]:
+            del self._num_children[entry.parent_id]
+            parent = self._entries.get(entry.parent_id)
+            if parent is not None:
+                self._list(parent)
+
+    def discard_idle(self, entry: TierEntry) -> None:
+        """Takes a block out of the tier unless it has left already or somebody still reads it."""
+        if not entry.num_refs and self._entries.get(entry.content_id) is entry:
+            self.discard(entry)
+
+    def entries(self) -> Iterator[TierEntry]:
+        """All blocks, in no particular order. For checks."""
+        return iter(self._entries.values())
+
+    def victim(self) -> TierEntry | None:
+        """The block that leaves next; None if every block is arriving, being read, or before such a block."""
+        while self._heap:
+            key, _, stamp, entry = self._heap[0]
+            if stamp == entry.stamp:
+                assert key == entry.key, "a block was rated while it was listed"
+                return entry
+            heapq.heappop(self._heap)
+            self._num_stale -= 1
+        return None
+
+    def run_above(self, victim: TierEntry, limit: int) -> list[TierEntry]:
+        """The victim and the blocks before it that can leave once those behind them have left; at most `limit`."""
+        run = [victim]
+        while len(run) < limit:
+            parent = self._entries.get(run[-1].parent_id)
+            if parent is None or not parent.is_ready or parent.num_refs or self._num_children[parent.content_id] > 1:
+                break
+            run.append(parent)
+        return run
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if slots, counts or the heap are wrong."""
+        self._pool.check_invariants()
+        slots = [entry.slot for entry in self._entries.values()]
+        assert len(slots) == len(set(slots)), f"{self.tier}: two blocks in one slot"
+        assert not any(self._pool.is_free(slot) for slot in slots), f"{self.tier}: a slot is free and in use"
+        assert len(slots) + self._pool.num_free == self.num_blocks, f"{self.tier}: a slot was lost"
+        children = Counter(entry.parent_id for entry in self._entries.values())
+        assert children == self._num_children, f"{self.tier}: wrong counts of children"
+        live = [entry for _, _, stamp, entry in self._heap if stamp == entry.stamp]
+        evictable = {entry.sequence for entry in self._entries.values() if self._is_evictable(entry)}
+        assert sorted(entry.sequence for entry in live) == sorted(evictable), f"{self.tier}: the heap is wrong"
+        assert len(self._heap) - len(live) == self._num_stale, f"{self.tier}: wrong count of stale heap entries"
+
+    def _is_evictable(self, entry: TierEntry) -> bool:
+        return entry.is_ready and not entry.num_refs and entry.content_id not in self._num_children
+
+    def _list(self, entry: TierEntry) -> None:
+        """Puts an entry into the heap if it can leave now. It must not be there."""
+        if not self._is_evictable(entry):
+            return
+        if self._num_stale > _MIN_COMPACTION and 2 * self._num_stale > len(self._heap):
+            self._heap = [item for item in self._heap if item[2] == item[3].stamp]
+            heapq.heapify(self._heap)
+            self._num_stale = 0
+        heapq.heappush(self._heap, (entry.key, entry.sequence, entry.stamp, entry))
+
+    def _unlist(self, entry: TierEntry) -> None:
+        """Makes the entry's place in the heap stale, if it has one; called before it changes."""
+        if self._is_evictable(entry):
+            entry.stamp += 1
+            self._num_stale += 1
