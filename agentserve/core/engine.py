@@ -31,7 +31,7 @@ from agentserve.core.request import FinishReason, Request, RequestStatus
 from agentserve.core.scheduler import build_scheduler
 from agentserve.core.slots import PartitionTable
 from agentserve.core.stats import EngineStats
-from agentserve.core.transfers import TransferOutput
+from agentserve.core.transfers import TierContents, TransferOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,8 @@ class EngineCore:
                 self._transferred(output, now_ns, events)
             elif isinstance(output, AdapterLoadOutput):
                 self._adapter_loaded(output, now_ns, events)
+            elif isinstance(output, TierContents):
+                self.memory.restore(output)
             else:
                 self._complete(output, now_ns, events)
         for command in commands:

@@ -10,13 +10,13 @@ from agentserve.config import TieringConfig
 from agentserve.core.adapters import AdapterLoadOutput, TransferOrder
 from agentserve.core.batch import Batch, BatchOutput
 from agentserve.core.slots import PartitionTable, build_partition_table
-from agentserve.core.transfers import Tier, TransferOutput
+from agentserve.core.transfers import Tier, TierContents, TransferOutput
 from agentserve.errors import ConfigError
 
 __all__ = ["Capabilities", "Completion", "Executor", "Tier", "require_tiers"]
 
-Completion: TypeAlias = BatchOutput | TransferOutput | AdapterLoadOutput
-"""What an executor reports: a batch that is done, or a copy between tiers or of an adapter."""
+Completion: TypeAlias = BatchOutput | TransferOutput | AdapterLoadOutput | TierContents
+"""What an executor reports: a batch that is done, a copy between tiers or of an adapter, or what a tier held before."""
 
 
 @dataclass(frozen=True, slots=True)

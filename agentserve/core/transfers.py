@@ -40,6 +40,10 @@ class Transfer:
     source_ids: tuple[int, ...]
     destination_ids: tuple[int, ...]
     num_bytes: int
+    content_ids: tuple[bytes, ...] = ()
+    """For each block the digest of all that its KV depends on but the model; tiers that outlive a process need it."""
+    parent_ids: tuple[bytes, ...] = ()
+    """For each block the id of the content before it."""
 
     @property
     def link(self) -> tuple[Tier, bool]:
@@ -57,3 +61,21 @@ class TransferOutput:
     finished_ns: int
     error: str | None = None
     """Set when it failed: then nothing may be read from its destinations."""
+
+
+@record
+class StoredBlock:
+    """A block in a slot of a tier. The ids are those of `Transfer`."""
+
+    slot: int
+    content_id: bytes
+    parent_id: bytes
+
+
+@record
+class TierContents:
+    """What a tier held already when its executor started: told once, before anything is copied."""
+
+    tier: Tier
+    blocks: tuple[StoredBlock, ...]
+    """Those that were used least recently first."""

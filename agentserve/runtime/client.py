@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Protocol, TypeAlias
 
@@ -168,12 +169,21 @@ class EventBridge:
         self._loop = loop
 
     def on_events(self, events: Sequence[EngineEvent]) -> None:
-        assert self._loop is not None and self._client is not None
-        self._loop.call_soon_threadsafe(self._client.dispatch, events)
+        assert self._client is not None
+        self._call(partial(self._client.dispatch, events))
 
     def on_failure(self, message: str) -> None:
-        assert self._loop is not None and self._client is not None
-        self._loop.call_soon_threadsafe(self._client.fail_all, message)
+        assert self._client is not None
+        self._call(partial(self._client.fail_all, message))
+
+    def _call(self, deliver: Callable[[], None]) -> None:
+        assert self._loop is not None
+        try:
+            self._loop.call_soon_threadsafe(deliver)
+        except RuntimeError:
+            # At shutdown the loop may end before the engine, and nobody listens any more.
+            if not self._loop.is_closed():
+                raise
 
 
 class EngineClient:

@@ -24,7 +24,7 @@ from agentserve.core.engine import StepResult
 from agentserve.core.events import Command, EndRequest, Foresight, SubmitRequest
 from agentserve.core.executor import Completion
 from agentserve.core.request import FinishReason, SamplingParams
-from agentserve.core.transfers import TransferOutput
+from agentserve.core.transfers import StoredBlock, Tier, TierContents, TransferOutput
 from agentserve.errors import AgentServeError, ConfigError, RecordingError
 
 FORMAT_VERSION = 2
@@ -79,7 +79,7 @@ class Recorder:
         self._write(
             {
                 "now": now_ns,
-                "completions": [dataclasses.asdict(output) for output in completions],
+                "completions": [_output_to_json(output) for output in completions],
                 "commands": [_command_to_json(command) for command in commands],
                 "decisions": describe(result),
             }
@@ -191,7 +191,17 @@ def _command_from_json(value: dict[str, Any]) -> Command:
     return SubmitRequest(**fields, sampling=SamplingParams(**sampling))
 
 
+def _output_to_json(output: Completion) -> dict[str, Any]:
+    if not isinstance(output, TierContents):
+        return dataclasses.asdict(output)
+    blocks = [(block.slot, block.content_id.hex(), block.parent_id.hex()) for block in output.blocks]
+    return {"tier": output.tier.value, "blocks": blocks}
+
+
 def _output_from_json(value: dict[str, Any]) -> Completion:
+    if "tier" in value:
+        ids = ((slot, bytes.fromhex(own), bytes.fromhex(parent)) for slot, own, parent in value["blocks"])
+        return TierContents(Tier(value["tier"]), tuple(StoredBlock(*fields) for fields in ids))
     if "transfer_id" in value:
         return TransferOutput(**value)
     if "load_id" in value:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
 from agentserve.core.agents.registry import Session
-from agentserve.core.memory.eviction import Key, lru_key
+from agentserve.core.memory.eviction import Key, Rank, lru_key
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.request import FinishReason, Request
 
@@ -84,6 +84,13 @@ class Rescore:
 
 
 @dataclass(frozen=True, slots=True)
+class RescoreAnchor:
+    """Asks `score_anchor` again."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True)
 class Reprioritize:
     """Gives a call that waits another place within its priority."""
 
@@ -91,7 +98,7 @@ class Reprioritize:
     key: Key
 
 
-Action: TypeAlias = Pin | Drop | Demote | Rescore | Reprioritize
+Action: TypeAlias = Pin | Drop | Demote | Rescore | RescoreAnchor | Reprioritize
 
 
 class Policy:
@@ -101,6 +108,10 @@ class Policy:
     scores_blocks: ClassVar[bool] = False
     """True: blocks compete one by one, by `score_block`. False: sessions compete by `score`, and within a session the
     end of what was used longest ago goes first."""
+
+    tracks_agents: ClassVar[bool] = False
+    """True: agents are told apart within a session, by their prompts if the client names none, and the anchors of each
+    one compete by `score_anchor`. Each agent of a session that several share has its calls in a session of its own."""
 
     def observe(self, event: TurnEvent) -> None:
         """Called for everything that happens to a call, in order."""
@@ -112,6 +123,11 @@ class Policy:
     def score_block(self, node: RadixNode) -> Key:
         """The same for a single block. It must not change while nobody uses the block."""
         return lru_key(node)
+
+    def score_anchor(self, agent: str, now_ns: int) -> Key:
+        """What is worth keeping of what the calls of an agent have in common, its rank first. Asked on `RescoreAnchor`
+        only: until then it is worth what `Rank.SHARED` alone says."""
+        return (Rank.SHARED,)
 
     def predict(self, session: Session, now_ns: int) -> Forecast | None:
         """When an idle session will be back. None: no idea."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from agentserve.core.events import Foresight
@@ -15,6 +16,8 @@ from agentserve.core.memory.eviction import EvictionGroup, SessionBlocks
 
 MAX_SESSIONS = 4096
 """Sessions that are remembered; the idle one that was used longest ago is forgotten first."""
+MAX_AGENTS = 4096
+"""Agents whose anchors are told apart."""
 _MAX_TOOLS = 256
 _MAX_GAPS = 128
 """Gaps of one tool that are remembered, the latest ones."""
@@ -45,6 +48,8 @@ class Session:
     program: Program
     blocks: SessionBlocks
     agent_id: str | None = None
+    agent_key: str | None = None
+    """Whose calls these are, for policies that track agents: the agent's name, or what its prompts begin with."""
     num_turns: int = 0
     """Calls that have ended."""
     num_waiting: int = 0
@@ -134,6 +139,8 @@ class AgentRegistry:
         self.sessions: OrderedDict[str, Session] = OrderedDict()
         self.programs: dict[str, Program] = {}
         self.gaps = GapStatistics()
+        self.anchors: OrderedDict[str, EvictionGroup] = OrderedDict()
+        """What the calls of an agent have in common, by agent; only if a policy tracks agents."""
         self._num_programs = 0
 
     def open(
@@ -153,6 +160,17 @@ class AgentRegistry:
             forgotten = self._forget_idle()
         self.sessions.move_to_end(session_id)
         return session, forgotten
+
+    def anchor(self, agent: str, make: Callable[[], EvictionGroup]) -> EvictionGroup:
+        """The group of an agent's anchors, a new one if need be. Beyond `MAX_AGENTS` that which was asked for longest
+        ago stays as it is."""
+        group = self.anchors.get(agent)
+        if group is None:
+            group = self.anchors[agent] = make()
+            if len(self.anchors) > MAX_AGENTS:
+                self.anchors.popitem(last=False)
+        self.anchors.move_to_end(agent)
+        return group
 
     def _forget_idle(self) -> list[Session]:
         """Makes room for a new session. Open ones are passed over, so there may be more than the limit for a while."""

@@ -14,7 +14,8 @@ from typing import Protocol, TypeVar
 
 from agentserve.config import EngineConfig
 from agentserve.core.agents.factory import Seats
-from agentserve.core.agents.policy import Action, Demote, Drop, Pin, Policy, Rescore, TurnEvent, TurnKind
+from agentserve.core.agents.fingerprint import fingerprint
+from agentserve.core.agents.policy import Action, Demote, Drop, Pin, Policy, Rescore, RescoreAnchor, TurnEvent, TurnKind
 from agentserve.core.agents.registry import Session
 from agentserve.core.events import EngineEvent, PolicyFailed, RequestAdmitted, RequestPreempted, SubmitRequest
 from agentserve.core.memory.eviction import Key, Rank, lru_key
@@ -205,13 +206,27 @@ class AgentRuntime:
         order, retention = self._memory.order, self._retention
         competes = retention is not None and not retention.scores_blocks
         group = order.new_group((Rank.PRIVATE,)) if competes else order.common
-        session, forgotten = self.registry.open(
-            session_id, command.program_id or session_id, command.agent_id, now_ns, group
-        )
+        program_id, agent_key = command.program_id or session_id, None
+        if retention is not None and retention.tracks_agents:
+            session_id, agent_key = self._agent_session(session_id, command)
+        session, forgotten = self.registry.open(session_id, program_id, command.agent_id, now_ns, group)
+        if agent_key is not None and session.agent_key is None:
+            session.agent_key = agent_key
+            session.blocks.anchors = self.registry.anchor(
+                agent_key, lambda: order.new_group((Rank.SHARED,), is_shared=True)
+            )
         for other in forgotten:
             self._unpin(other)
             self._rescore(other, now_ns)
         return session
+
+    def _agent_session(self, session_id: str, command: SubmitRequest) -> tuple[str, str | None]:
+        """The session of the agent that calls, if several share a session, and the name of that agent."""
+        known = self.registry.sessions.get(session_id)
+        agent = command.agent_id or fingerprint(command.prompt_token_ids)
+        if known is None or known.agent_key in (None, agent) or agent is None:
+            return session_id, agent
+        return f"{session_id}\x1f{agent}", agent
 
     def _moved(self, request_id: str, now_ns: int, kind: TurnKind) -> None:
         call = self._calls[request_id]
@@ -260,6 +275,11 @@ class AgentRuntime:
         key = self._ask(policy, _NO_KEY, policy.score, session, now_ns)
         self._memory.order.rekey(session.blocks.group, (rank, *key), is_pinned=is_pinned)
 
+    def _rescore_anchor(self, agent: str, now_ns: int) -> None:
+        policy, group = self._retention, self.registry.anchors.get(agent)
+        if policy is not None and group is not None:
+            self._memory.order.rekey(group, self._ask(policy, group.key, policy.score_anchor, agent, now_ns))
+
     def _do(self, action: Action, now_ns: int, queues: Queues) -> None:
         if isinstance(action, Pin):
             self._pin(action.session, action.until_ns, now_ns)
@@ -270,6 +290,8 @@ class AgentRuntime:
                 self.counts["blocks_demoted"] += self._memory.demote(action.session.blocks)
         elif isinstance(action, Rescore):
             self._rescore(action.session, now_ns)
+        elif isinstance(action, RescoreAnchor):
+            self._rescore_anchor(action.agent, now_ns)
         else:
             call = self._calls.get(action.request_id)
             if call is not None and not call.is_running and queues.reprioritize(call.request, action.key):
@@ -339,3 +361,4 @@ class AgentRuntime:
         for session in self.registry.sessions.values():
             session.pinned_until_ns = None
             session.blocks.group = self._memory.order.common
+            session.blocks.anchors = None

@@ -6,6 +6,10 @@ from agentserve.core.controllers import Decision
 from agentserve.core.records import record
 
 
+_ROUNDING = 1.0 + 1e-9
+"""Limits are compared with this allowance, since they are computed in another order than what they limit."""
+
+
 @record
 class Option:
     """A way to share the device, and what is predicted of it."""
@@ -27,10 +31,11 @@ class Merit:
     def __init__(self, target_ns: float, needed_rate: float | None, objective: str) -> None:
         self._target_ns = target_ns
         self._needed_rate = needed_rate
-        self._weighs_delay = objective == "power" and needed_rate is None
+        self.weighs_delay = objective == "power" and needed_rate is None
+        """Whether throughput over delay is all that counts."""
 
     def __call__(self, option: Option) -> tuple[float, float]:
-        if self._weighs_delay:
+        if self.weighs_delay:
             return (1.0, -self.gain(option))
         missed = self.missed(option)
         if self._needed_rate is None:
@@ -44,14 +49,32 @@ class Merit:
 
     def is_hopeless(self, option: Option, most_tokens: int, best: Option) -> bool:
         """Whether no batch that takes as long as this one or longer is better, if it reads at most so many tokens."""
-        if not self._weighs_delay:
+        if not self.weighs_delay:
             return self.missed(option) > self(best)[0]
         missed = self.missed(option)
-        return most_tokens * 1e9 / (option.tpot_ns * missed) ** 2 < self.gain(best)
+        return most_tokens * 1e9 / (option.tpot_ns * missed) ** 2 * _ROUNDING < self.gain(best)
+
+    def is_beaten(self, least_tpot_ns: float, most_rate: float, best: Option, hysteresis: float) -> bool:
+        """Whether no option with at least this time and at most this rate is chosen where `best` is one, too.
+
+        Not even as one that has hardly less merit: see `hysteresis` in the controller.
+        """
+        missed = max(least_tpot_ns / self._target_ns, 1.0)
+        if self.weighs_delay:
+            gain = most_rate / (least_tpot_ns * missed * missed)
+            return gain * (1.0 + hysteresis) * _ROUNDING < self.gain(best)
+        if self._needed_rate is not None:
+            missed = max(missed, self._needed_rate / most_rate)
+        best_missed = self(best)[0]
+        if missed > best_missed * (1.0 + hysteresis / 2) * _ROUNDING:
+            return True
+        # Among those that meet the target the rate decides, if none is asked for.
+        meets = self._needed_rate is None and best_missed <= 1.0
+        return meets and most_rate * (1.0 + hysteresis) * _ROUNDING < best.prefill_rate
 
     def gain(self, option: Option) -> float:
         """What another option must promise more of."""
-        if not self._weighs_delay:
+        if not self.weighs_delay:
             return option.prefill_rate
         missed = self.missed(option)
         return option.prefill_rate / (option.tpot_ns * missed * missed)

@@ -19,20 +19,20 @@ its prediction is the safest.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from bisect import bisect_left, bisect_right
 
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
 from agentserve.core.controllers.correction import Corrections, Mode
 from agentserve.core.controllers.merit import Merit, Option
+from agentserve.core.controllers.outlook import Outlook, Way
 from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
 _PREFILL, _DECODE = Lane.PREFILL, Lane.DECODE
-_SPLIT = PartitionKind.SPLIT
+_SPLIT, _WHOLE = PartitionKind.SPLIT, PartitionKind.WHOLE
 _CHUNKS = (16, 32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 _NEAR_END = 4
 """A chunk of the prefill lane that takes no longer than this multiple of the target is never too long: so near may the
@@ -55,27 +55,6 @@ _UNDECIDED = -1
 """A budget that is not needed to compare an option with others."""
 
 
-class _DecodeWorks:
-    """The work of decode batches with resumes, kept while a plan is made.
-
-    Partitions that give the decode lane the same units differ only in what the other lane does to it.
-    """
-
-    def __init__(self, cost: CostModel, signal: ControlSignal) -> None:
-        self._cost = cost
-        self._decodes = signal.decodes
-        self._start = signal.riding_start
-        self._known: dict[tuple[int, int], float] = {}
-
-    def get(self, units: int, num_resume_tokens: int) -> float:
-        """Nanoseconds, as `CostModel.work_ns` has them."""
-        work_ns = self._known.get((units, num_resume_tokens))
-        if work_ns is None:
-            work_ns = self._cost.work_ns(self._decodes.with_prefill(num_resume_tokens, self._start), units)
-            self._known[units, num_resume_tokens] = work_ns
-        return work_ns
-
-
 class PredictiveController:
     """See the module."""
 
@@ -91,14 +70,17 @@ class PredictiveController:
         least, most = config.control.min_resume_budget, config.control.max_resume_budget
         self._budgets = (least, *(c for c in self._chunks if least < c <= most))
         slots = config.control.slots
-        self._shared = {
+        shared: tuple[SlotPartition, ...] = {
             "auto": (*table.splits, *table.caps, table.stream),
             "cap": table.caps or (table.stream,),
             "stream": (table.stream,),
             "off": (),
         }[slots]
         self._corrections = Corrections()
-        self._lane_chunks = {(p, 0): self._longest_chunk(p, co_running=True, factor=1.0) for p in self._shared}
+        self._ways = tuple(Way(cost_model, partition) for partition in shared)
+        self._whole = Way(cost_model, table.whole, co_running=False)
+        self._turn_chunk = self._chunks[0]
+        """The best one for taking turns, when that was asked last."""
         self._lone_chunk = self._longest_chunk(table.whole, co_running=False, factor=1.0)
         self._lone_decision = Decision(table.whole, self._lone_chunk, self._lone_chunk)
         self._plan: Option | None = None
@@ -140,14 +122,20 @@ class PredictiveController:
     # ---- options ----
 
     def _choose(self, signal: ControlSignal) -> Option:
-        merit = Merit(self._target_for(signal), self._needed_rate(signal), self._config.control.objective)
+        outlook, merit = self._outlook(signal)
         floor = _MIN_PREFILL_SHARE * self._lone_rate(signal)
-        wait_ns = self._wait_ns(signal)
-        options = [*self._best_turns(signal, wait_ns, floor, merit), *self._two_lanes(signal, wait_ns, merit)]
+        options = self._best_turns(outlook, floor, merit)
+        options += self._best_two_lanes(outlook, floor, merit, [o for o in options if o.prefill_rate >= floor])
         fast_enough = [option for option in options if option.prefill_rate >= floor]
         if not fast_enough:
             fast_enough = [max(self.options(signal), key=lambda option: option.prefill_rate)]
-        return self._with_budget(self._best(fast_enough, merit), signal)
+        return self._with_budget(self._best(fast_enough, merit), outlook)
+
+    def _outlook(self, signal: ControlSignal) -> tuple[Outlook, Merit]:
+        outlook = Outlook(self._cost, self._corrections, signal, self._whole)
+        # The target, or what prompts may slow these decodes down to in any case, if that is more.
+        target_ns = max(float(self._target_ns), _LEAST_SLOWDOWN * outlook.alone_ns)
+        return outlook, Merit(target_ns, self._needed_rate(signal), self._config.control.objective)
 
     def _best(self, options: list[Option], merit: Merit) -> Option:
         """The one with the most merit, unless a split or the present partition has hardly less."""
@@ -156,79 +144,127 @@ class PredictiveController:
         least_gain = merit.gain(best) / (1.0 + self._hysteresis)
         alike = [o for o in options if merit(o)[0] <= most_missed and merit.gain(o) > least_gain]
         splits = [option for option in alike if option.decision.partition.kind is _SPLIT]
-        present = [option for option in splits or alike if self._is_present(option)]
+        present = [option for option in splits or alike if self._is_present(option.decision.partition)]
         return min(present or splits or [best], key=merit)
 
-    def _is_present(self, option: Option) -> bool:
-        return self._plan is not None and option.decision.partition == self._plan.decision.partition
-
-    def _target_for(self, signal: ControlSignal) -> float:
-        """The target, or what prompts may slow these decodes down to in any case, if that is more."""
-        alone_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
-        return max(float(self._target_ns), _LEAST_SLOWDOWN * alone_ns)
+    def _is_present(self, partition: SlotPartition) -> bool:
+        return self._plan is not None and partition == self._plan.decision.partition
 
     def options(self, signal: ControlSignal) -> list[Option]:
         """All ways to share the device with this work."""
-        wait_ns = self._wait_ns(signal)
-        turns = [self._turns(signal, chunk, wait_ns) for chunk in self._chunks]
-        merit = Merit(self._target_for(signal), self._needed_rate(signal), self._config.control.objective)
-        return [self._with_budget(option, signal) for option in (*turns, *self._two_lanes(signal, wait_ns, merit))]
+        outlook, merit = self._outlook(signal)
+        turns = [self._turns(outlook, chunk) for chunk in self._chunks]
+        lanes = [self._two_lanes(outlook, way, merit) for way in self._ways] if outlook.num_pending else []
+        return [self._with_budget(option, outlook) for option in (*turns, *lanes)]
 
-    def _best_turns(self, signal: ControlSignal, wait_ns: float | None, floor: float, merit: Merit) -> list[Option]:
-        """Taking turns, without chunks that cannot be better than a shorter one."""
+    def _best_turns(self, outlook: Outlook, floor: float, merit: Merit) -> list[Option]:
+        """Taking turns, without chunks that cannot be better than another one."""
+        pending = outlook.num_pending
+        # Chunks longer than all that is pending make the same batch.
+        chunks = self._chunks[: bisect_left(self._chunks, pending) + 1]
         found: list[Option] = []
         best: Option | None = None
-        pending = _pending(signal)
-        for chunk in self._chunks:
-            option = self._turns(signal, chunk, wait_ns)
+        known: Option | None = None
+        if merit.weighs_delay:
+            # What was best the last time is so again, mostly: then few others need be looked at.
+            known = self._turns(outlook, min(self._turn_chunk, chunks[-1]))
+            best = known if known.prefill_rate >= floor else None
+        for chunk in chunks:
+            if known is not None and chunk == known.decision.prefill_chunk:
+                option = known
+            elif best is not None and found and self._reads_little(outlook, chunk, found[-1], merit, best):
+                continue
+            else:
+                option = self._turns(outlook, chunk)
             if best is not None and merit.is_hopeless(option, min(pending, self._chunks[-1]), best):
-                break
+                break  # nor is any longer one better
             found.append(option)
             if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
                 best = option
-            if chunk >= pending:
-                break  # longer ones make the same batch
+        if best is not None:
+            self._turn_chunk = best.decision.prefill_chunk
         return found
 
-    def _two_lanes(self, signal: ControlSignal, wait_ns: float | None, merit: Merit) -> list[Option]:
-        if signal.num_prefill_tokens > 0:
-            works = _DecodeWorks(self._cost, signal)
-            return [self._side_by_side(signal, partition, wait_ns, works, merit) for partition in self._shared]
-        if signal.num_resume_tokens > 0:
-            return [self._apart(signal, partition) for partition in self._shared]
-        return []
+    @staticmethod
+    def _reads_little(outlook: Outlook, chunk: int, shorter: Option, merit: Merit, best: Option) -> bool:
+        """Whether a chunk would be worse than the best one even if it took no longer than a shorter one."""
+        if not merit.weighs_delay:
+            return False
+        pending = outlook.num_pending
+        rate = outlook.delayed(min(chunk, max(pending, 1)) * 1e9 / shorter.tpot_ns, pending)
+        return merit.is_beaten(shorter.tpot_ns, rate, best, 0.0)
 
-    def _turns(self, signal: ControlSignal, chunk: int, wait_ns: float | None) -> Option:
+    def _best_two_lanes(self, outlook: Outlook, floor: float, merit: Merit, others: list[Option]) -> list[Option]:
+        """Two lanes at once, without partitions that cannot be chosen whatever becomes of their details.
+
+        `others`: options that are there anyway, and fast enough.
+        """
+        if not outlook.num_pending:
+            return []
+        best = min(others, key=merit, default=None)
+        options: dict[int, Option] = {}
+        # What is best now will mostly be so again, and the sooner it is known the less has to be looked at.
+        for index in sorted(
+            range(len(self._ways)), key=lambda index: not self._is_present(self._ways[index].partition)
+        ):
+            way = self._ways[index]
+            if best is not None and self._is_beaten(outlook, way, merit, best):
+                continue
+            option = options[index] = self._two_lanes(outlook, way, merit)
+            if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
+                best = option
+        return [options[index] for index in sorted(options)]
+
+    def _is_beaten(self, outlook: Outlook, way: Way, merit: Merit, best: Option) -> bool:
+        """Whether a way cannot be chosen beside this option, by how fast its lanes are at most."""
+        signal = outlook.signal
+        num_resume_tokens, num_prefill_tokens = signal.num_resume_tokens, signal.num_prefill_tokens
+        chunk = self._lane_chunk(outlook, way)
+        # A prompt that ends within the chunk: its rate is as easily told as a limit to it.
+        num_tokens = min(chunk, num_prefill_tokens or num_resume_tokens)
+        rate = outlook.most_lane_rate(way, chunk) if num_tokens == chunk else outlook.lane_rate(way, num_tokens)
+        if not merit.is_beaten(outlook.decode_ns(way, 0), rate, best, self._hysteresis):
+            return False
+        num_riding = num_resume_tokens + signal.num_waiting_prefill_tokens
+        if not num_prefill_tokens or not num_riding:
+            return True
+        least_ns = outlook.decode_ns(way, self._budgets[0])
+        rate += outlook.delayed(min(self._budgets[-1], num_riding) * 1e9 / least_ns, num_riding)
+        return merit.is_beaten(least_ns, rate, best, self._hysteresis)
+
+    def _two_lanes(self, outlook: Outlook, way: Way, merit: Merit) -> Option:
+        """What a partition does with this work, at its best."""
+        if outlook.signal.num_prefill_tokens > 0:
+            return self._side_by_side(outlook, way, merit)
+        # Short resumes in the prefill lane, which nobody else needs, and nothing but decodes in the other one.
+        chunk = self._lane_chunk(outlook, way)
+        rate = outlook.lane_rate(way, min(chunk, outlook.signal.num_resume_tokens))
+        return Option(Decision(way.partition, 0, chunk), outlook.decode_ns(way, 0), rate)
+
+    def _turns(self, outlook: Outlook, chunk: int) -> Option:
         """Everything in one lane, on the whole device."""
-        pending = _pending(signal)
+        pending = outlook.num_pending
         chunk_now = min(chunk, max(pending, 1))
-        shape = signal.decodes.with_prefill(chunk_now, signal.prefill_start or signal.riding_start)
-        tpot_ns = self._predict_tpot(shape, self._table.whole, False)
-        rate = _delayed(wait_ns, chunk_now * 1e9 / tpot_ns, pending)
+        tpot_ns = outlook.turn_ns(chunk_now)
+        rate = outlook.delayed(chunk_now * 1e9 / tpot_ns, pending)
         return Option(Decision(self._table.whole, chunk, chunk), tpot_ns, rate)
 
-    def _side_by_side(
-        self,
-        signal: ControlSignal,
-        partition: SlotPartition,
-        wait_ns: float | None,
-        works: _DecodeWorks,
-        merit: Merit,
-    ) -> Option:
+    def _side_by_side(self, outlook: Outlook, way: Way, merit: Merit) -> Option:
         """Cold and long prompts in the prefill lane; short resumes, and who waits for that lane, with the decodes."""
-        chunk = self._lane_chunk(partition)
-        lane_rate = self._lane_rate(partition, min(chunk, signal.num_prefill_tokens), signal.prefill_start)
+        signal, partition = outlook.signal, way.partition
+        chunk = self._lane_chunk(outlook, way)
+        lane_rate = outlook.lane_rate(way, min(chunk, signal.num_prefill_tokens))
         best: Option | None = None
         if signal.num_resume_tokens == 0:
-            tpot_ns = self._predict_tpot(signal.decodes, partition, True)
-            best = Option(Decision(partition, _UNDECIDED, chunk), tpot_ns, lane_rate)
+            best = Option(Decision(partition, _UNDECIDED, chunk), outlook.decode_ns(way, 0), lane_rate)
         may_ride = signal.num_resume_tokens + signal.num_waiting_prefill_tokens > 0
-        for budget, tpot_ns in self._riding_times(partition, works) if may_ride else ():
+        for budget in self._budgets if may_ride else ():
+            tpot_ns = outlook.decode_ns(way, budget)
             shares = tpot_ns <= self._target_ns
             riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
             if best is not None and not shares:
                 break
-            rate = lane_rate + _delayed(wait_ns, min(budget, riding) * 1e9 / tpot_ns, riding)
+            rate = lane_rate + outlook.delayed(min(budget, riding) * 1e9 / tpot_ns, riding)
             option = Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
             if best is not None and not self._is_better(option, best, merit):
                 break  # with the next budget a little more rides, and every token takes longer
@@ -241,69 +277,29 @@ class PredictiveController:
         least = merit.gain(best) * (1.0 if best.decision.shares_budget else 1.0 + self._hysteresis)
         return merit(riding)[0] <= merit(best)[0] and merit.gain(riding) >= least
 
-    def _with_budget(self, option: Option, signal: ControlSignal) -> Option:
+    def _with_budget(self, option: Option, outlook: Outlook) -> Option:
         """The option with the budget for resumes that may come, which did not matter as long as there are none."""
         partition, chunk = option.decision.partition, option.decision.prefill_chunk
         if option.decision.resume_budget != _UNDECIDED:
             return option
-        budget, tpot_ns = self._resume_budget(partition, _DecodeWorks(self._cost, signal))
+        way = next(way for way in self._ways if way.partition == partition)
+        budget, tpot_ns = self._resume_budget(outlook, way)
         decision = Decision(partition, budget, chunk, tpot_ns <= self._target_ns)
         return Option(decision, option.tpot_ns, option.prefill_rate)
 
-    def _apart(self, signal: ControlSignal, partition: SlotPartition) -> Option:
-        """Short resumes in the prefill lane, which nobody else needs, and nothing but decodes in the other one."""
-        chunk = self._lane_chunk(partition)
-        rate = self._lane_rate(partition, min(chunk, signal.num_resume_tokens), signal.riding_start)
-        return Option(Decision(partition, 0, chunk), self._predict_tpot(signal.decodes, partition, True), rate)
-
-    def _lane_rate(self, partition: SlotPartition, num_tokens: int, start: int) -> float:
-        """Prompt tokens per second of the prefill lane beside a busy decode lane."""
-        shape = BatchShape().with_prefill(num_tokens, start)
-        return num_tokens * 1e9 / self._predict(shape, _PREFILL, partition, True)
-
-    def _wait_ns(self, signal: ControlSignal) -> float | None:
-        """How long prompts that ride with the decodes wait for what runs there now; None if that lane is idle."""
-        if signal.decode_running_ns is None:
-            return None
-        batch_ns = self._predict_tpot(signal.decodes, self._table.whole, False)
-        return max(0.0, batch_ns - signal.decode_running_ns) + (batch_ns if signal.decode_is_ahead else 0.0)
-
-    def _resume_budget(self, partition: SlotPartition, works: _DecodeWorks) -> tuple[int, float]:
+    def _resume_budget(self, outlook: Outlook, way: Way) -> tuple[int, float]:
         """The most resume tokens in a decode batch that keep the target, at least the configured minimum.
 
         And the time between two tokens with so many.
         """
-        tpot_ns = self._riding_time(partition, works)
+
+        def tpot_ns(budget: int) -> float:
+            return outlook.decode_ns(way, budget)
+
         budget = self._budgets[bisect_right(self._budgets, float(self._target_ns), lo=1, key=tpot_ns) - 1]
         return budget, tpot_ns(budget)
 
-    def _riding_times(self, partition: SlotPartition, works: _DecodeWorks) -> Iterator[tuple[int, float]]:
-        """Budgets for resumes in decode batches, and the time between two tokens with so many; shortest first."""
-        tpot_ns = self._riding_time(partition, works)
-        return ((budget, tpot_ns(budget)) for budget in self._budgets)
-
-    def _riding_time(self, partition: SlotPartition, works: _DecodeWorks) -> Callable[[int], float]:
-        """The time between two tokens as a function of the resume tokens in each decode batch."""
-        contention = self._cost.contention(_DECODE, partition)
-        factor = self._corrections.high_factor((_DECODE, partition.kind, True))
-        gap_ns, units = self._corrections.gap_ns, partition.decode_units
-
-        def tpot_ns(budget: int) -> float:
-            return self._cost.stretched_ns(works.get(units, budget), contention) * factor + gap_ns
-
-        return tpot_ns
-
     # ---- predictions ----
-
-    def _predict(self, shape: BatchShape, lane: Lane, partition: SlotPartition, co_running: bool) -> float:
-        predicted_ns = self._cost.duration_ns(shape, lane, partition, co_running)
-        return predicted_ns * self._corrections.factor(self._mode(lane, partition, shape))
-
-    def _predict_tpot(self, shape: BatchShape, partition: SlotPartition, co_running: bool) -> float:
-        """Time between two tokens with batches of this shape, as most of them will keep it."""
-        predicted_ns = self._cost.duration_ns(shape, _DECODE, partition, co_running)
-        mode = self._mode(_DECODE, partition, shape)
-        return predicted_ns * self._corrections.high_factor(mode) + self._corrections.gap_ns
 
     @staticmethod
     def _mode(lane: Lane, partition: SlotPartition, shape: BatchShape) -> Mode:
@@ -312,7 +308,8 @@ class PredictiveController:
 
     def _lone_rate(self, signal: ControlSignal) -> float:
         prefill = BatchShape().with_prefill(self._lone_chunk, signal.prefill_start)
-        return self._lone_chunk * 1e9 / self._predict(prefill, _PREFILL, self._table.whole, False)
+        predicted_ns = self._cost.duration_ns(prefill, _PREFILL, self._table.whole, False)
+        return self._lone_chunk * 1e9 / (predicted_ns * self._corrections.factor((_PREFILL, _WHOLE, False)))
 
     def _needed_rate(self, signal: ControlSignal) -> float | None:
         """Prompt tokens per second that bring the first token of the oldest prompt in time; None: no such target."""
@@ -321,15 +318,17 @@ class PredictiveController:
         if signal.oldest_prefill_arrival_ns is None:
             return 0.0
         left_ns = signal.oldest_prefill_arrival_ns + self._ttft_target_ns - signal.now_ns
-        return _pending(signal) * 1e9 / max(left_ns, self._target_ns)
+        return (signal.num_prefill_tokens + signal.num_resume_tokens) * 1e9 / max(left_ns, self._target_ns)
 
-    def _lane_chunk(self, partition: SlotPartition) -> int:
+    def _lane_chunk(self, outlook: Outlook, way: Way) -> int:
         """The chunk of the prefill lane beside a busy decode lane, as long as measured times suggest."""
-        level = round(math.log(self._corrections.factor((_PREFILL, partition.kind, False)), _CHUNK_LEVEL))
-        chunk = self._lane_chunks.get((partition, level))
+        factor = outlook.prefill_factor(way.kind)
+        level = self._levels.get(factor)
+        if level is None:
+            level = self._levels[factor] = round(math.log(factor, _CHUNK_LEVEL))
+        chunk = way.chunks.get(level)
         if chunk is None:
-            chunk = self._longest_chunk(partition, True, _CHUNK_LEVEL**level)
-            self._lane_chunks[partition, level] = chunk
+            chunk = way.chunks[level] = self._longest_chunk(way.partition, True, _CHUNK_LEVEL**level)
         return chunk
 
     def _longest_chunk(self, partition: SlotPartition, co_running: bool, factor: float) -> int:
@@ -345,13 +344,3 @@ class PredictiveController:
 
         near, far = longest(_NEAR_END), longest(_FAR_END)
         return far if far / durations[far] > _MUCH_BETTER * near / durations[near] else near
-
-
-def _pending(signal: ControlSignal) -> int:
-    """Prompt tokens that wait for any lane."""
-    return signal.num_prefill_tokens + signal.num_resume_tokens
-
-
-def _delayed(wait_ns: float | None, rate: float, num_tokens: int) -> float:
-    """The rate of `num_tokens` that wait so long before they go at `rate`."""
-    return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens and wait_ns is not None else rate

@@ -60,6 +60,11 @@ class BlockPool:
                 return self._mark_taken(group * GROUP_BLOCKS)
         return self.take(1)[0]
 
+    def take_exactly(self, block_id: int) -> None:
+        """Takes this block, which must be free."""
+        assert self._is_free[block_id], f"block {block_id} is taken already"
+        self._mark_taken(block_id)
+
     def put(self, block_id: int) -> None:
         """Gives a block back."""
         assert not self._is_free[block_id], f"block {block_id} is free already"

@@ -50,10 +50,23 @@ def lru_key(node: RadixNode) -> Key:
 class EvictionGroup:
     """Blocks that are worth the same: the private history of a session, or a class of blocks."""
 
-    __slots__ = ("heap", "is_listed", "is_pinned", "key", "num_cached", "num_live", "num_stale", "sequence", "version")
+    __slots__ = (
+        "heap",
+        "is_listed",
+        "is_pinned",
+        "is_shared",
+        "key",
+        "num_cached",
+        "num_live",
+        "num_stale",
+        "sequence",
+        "version",
+    )
 
-    def __init__(self, key: Key, sequence: int) -> None:
+    def __init__(self, key: Key, sequence: int, *, is_shared: bool = False) -> None:
         self.key = key
+        self.is_shared = is_shared
+        """Whether it holds anchors: what has come here does not become private again."""
         self.sequence = sequence
         """Order of creation: decides between groups of one key."""
         self.is_pinned = False
@@ -73,11 +86,13 @@ class EvictionGroup:
 class SessionBlocks:
     """What the memory knows of a session: the group of its private blocks and the path that it used last."""
 
-    __slots__ = ("group", "is_transient", "path", "session_id")
+    __slots__ = ("anchors", "group", "is_transient", "path", "session_id")
 
     def __init__(self, session_id: str, group: EvictionGroup) -> None:
         self.session_id = session_id
         self.group = group
+        self.anchors: EvictionGroup | None = None
+        """Where its blocks go that other sessions use, too; None: to those of everybody."""
         self.path: list[RadixNode] = []
         self.is_transient = False
         """Whether its private blocks become free as soon as nobody holds them."""
@@ -104,8 +119,12 @@ class EvictionOrder:
 
     def new_group(self, key: Key) -> EvictionGroup:
         """A group without blocks. It lives as long as somebody refers to it."""
+        return EvictionGroup(key, self.new_sequence())
+
+    def new_sequence(self) -> int:
+        """The sequence number of a group that is made now."""
         self._num_groups += 1
-        return EvictionGroup(key, self._num_groups)
+        return self._num_groups
 
     def rate(self, node: RadixNode) -> Key:
         """What a block is worth among all others, for a place that keeps no groups. A pin does not count there."""
@@ -142,18 +161,27 @@ class EvictionOrder:
 
     def pop(self) -> RadixNode:
         """Takes out the leaf that goes first. There must be one."""
-        while True:
-            assert self._groups, "nothing can be evicted"
+        group = self._first_group()
+        assert group is not None, "nothing can be evicted"
+        if self._by_age is not None and not self._is_oldest(group):
+            self.num_unlike_lru += 1
+        return self.pop_from(group)
+
+    def first_key(self) -> Key | None:
+        """What the group is worth whose leaf goes first; None if nothing can be evicted."""
+        group = self._first_group()
+        return None if group is None else group.key
+
+    def _first_group(self) -> EvictionGroup | None:
+        while self._groups:
             _, _, version, group = self._groups[0]
             if version == group.version and group.num_live:
-                break
+                return group
             heapq.heappop(self._groups)
             if version == group.version:
                 group.is_listed = False
                 self._num_listed -= 1
-        if self._by_age is not None and not self._is_oldest(group):
-            self.num_unlike_lru += 1
-        return self.pop_from(group)
+        return None
 
     def pop_from(self, group: EvictionGroup) -> RadixNode:
         """Takes out the leaf of a group that goes first. There must be one."""

@@ -14,7 +14,7 @@ from agentserve.core.memory.loads import LoadProgress
 from agentserve.core.memory.modules import AdapterModule
 from agentserve.core.memory.radix import EvictionKey, RadixNode, RadixTree, lru_key
 from agentserve.core.memory.residency import RecomputeCost, Residency
-from agentserve.core.transfers import Transfer, TransferOutput
+from agentserve.core.transfers import TierContents, Transfer, TransferOutput
 from agentserve.errors import ConfigError
 
 __all__ = ["Allocation", "AllocationOutcome", "MemoryManager", "PrefixLock", "PrefixMatch"]
@@ -226,6 +226,11 @@ class MemoryManager:
 
     # ---- lower tiers ----
 
+    def restore(self, contents: TierContents) -> None:
+        """Takes in what a tier held when its executor started. Must come before any transfer."""
+        assert self.residency is not None, "there are no tiers"
+        self.residency.restore(contents)
+
     def start_transfers(self) -> list[Transfer]:
         """The copies between tiers that the executor is to make now."""
         return [] if self.residency is None else self.residency.start()
@@ -319,7 +324,9 @@ class MemoryManager:
         """Whose history the prompt goes on with: who used the last cached block of it last. None: nobody known."""
         ready, _ = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
         node = ready[-1] if ready else None
-        return node.user if node is not None and node.group is not self.order.shared else None
+        if node is None or (node.group is not None and node.group.is_shared):
+            return None
+        return node.user
 
     def drop(self, session: SessionBlocks) -> int:
         """Frees the private blocks of a session that nobody holds; returns how many."""

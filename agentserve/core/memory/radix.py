@@ -157,11 +157,18 @@ class RadixTree:
 
     def _claim(self, path: list[RadixNode], session: SessionBlocks) -> None:
         """Puts a path that is held where it belongs: to its session, or to what several use."""
-        group, shared = session.group, self.order.shared if self.protects_anchors else session.group
+        group = session.group
+        shared = session.anchors or self.order.shared if self.protects_anchors else group
+        sharing = self.sharing
         for node in path:
+            if sharing is not None:
+                node.num_uses += 1
+                node.group = sharing.group_after(node, session)
+                node.user = session
+                continue
             node.num_uses += 1
             if node.user is session:
-                if node.group is not shared:
+                if node.group is None or not node.group.is_shared:
                     node.group = group
             else:
                 node.group = group if node.user is None else shared
@@ -221,6 +228,7 @@ class RadixTree:
     def forget_sessions(self) -> None:
         """Nobody's blocks are anybody's any more, and the least recently used one goes first."""
         self.order = EvictionOrder()
+        self.sharing = None
         for node in self.nodes():
             node.group = node.user = None
             if node.is_evictable:

@@ -26,9 +26,9 @@ from agentserve.config import TieringConfig
 from agentserve.core.memory.copies import Copy, depth_of, runs_of
 from agentserve.core.memory.loads import Load, LoadProgress, LoadQueue, Place
 from agentserve.core.memory.radix import RadixNode
-from agentserve.core.memory.tiers import TierStore, child_id, content_id, root_id
+from agentserve.core.memory.tiers import TierEntry, TierStore, child_id, content_id, root_id
 from agentserve.core.stats import TierStats
-from agentserve.core.transfers import Tier, Transfer, TransferKind, TransferOutput
+from agentserve.core.transfers import Tier, TierContents, Transfer, TransferKind, TransferOutput
 
 RecomputeCost: TypeAlias = Callable[[int, int], int]
 """`(start, num_tokens)`: nanoseconds to compute the KV of so many tokens behind `start` others."""
@@ -88,6 +88,11 @@ class Residency:
         return self.num_leaving_blocks + self.num_copying_blocks > 0
 
     # ---- what is below ----
+
+    def restore(self, contents: TierContents) -> None:
+        """Takes in what a tier held before. Must come before any transfer."""
+        assert not self._num_transfers, "a tier is restored after it was used"
+        next(store for store in self._tiers if store.tier is contents.tier).restore(contents.blocks)
 
     def find(self, parent: RadixNode | None, salt: str | None, blocks: Iterable[Sequence[int]]) -> list[Place]:
         """Ready blocks behind `parent` (None: the root of `salt`), each in the nearest tier that has it."""
@@ -269,7 +274,7 @@ class Residency:
         load = self._loads.next_piece(index)
         if load is None:
             return None
-        ids = [(entry.slot, block_id) for _, entry, block_id in load.flying]
+        ids = [(entry.slot, block_id, entry) for _, entry, block_id in load.flying]
         return self._fly(index, self._tiers[index].tier, ids, load)
 
     # ---- down ----
@@ -317,7 +322,7 @@ class Residency:
             return None
         origin = copies[0].origin
         source = Tier.DEVICE if origin is None else self._tiers[origin[0]].tier
-        ids = [(copy.source_id, copy.entry.slot) for copy in copies if copy.entry is not None]
+        ids = [(copy.source_id, copy.entry.slot, copy.entry) for copy in copies if copy.entry is not None]
         return self._fly(index, source, ids, copies)
 
     def _stored(self, index: int, copy: Copy, ok: bool) -> None:
@@ -372,17 +377,21 @@ class Residency:
 
     # ---- both ----
 
-    def _fly(self, index: int, source: Tier, ids: list[tuple[int, int]], cargo: list[Copy] | Load) -> Transfer:
-        """Puts a transfer on the link of a tier. `ids`: pairs of source and destination."""
+    def _fly(
+        self, index: int, source: Tier, ids: list[tuple[int, int, TierEntry]], cargo: list[Copy] | Load
+    ) -> Transfer:
+        """Puts a transfer on the link of a tier. `ids`: sources and destinations, and the tier's entries."""
         is_load = isinstance(cargo, Load)
         transfer = Transfer(
             transfer_id=self._num_transfers,
             kind=TransferKind.LOAD if is_load else TransferKind.STORE,
             source=source,
             destination=Tier.DEVICE if is_load else self._tiers[index].tier,
-            source_ids=tuple(source_id for source_id, _ in ids),
-            destination_ids=tuple(destination_id for _, destination_id in ids),
+            source_ids=tuple(source_id for source_id, _, _ in ids),
+            destination_ids=tuple(destination_id for _, destination_id, _ in ids),
             num_bytes=len(ids) * self._config.block_bytes,
+            content_ids=tuple(entry.content_id for _, _, entry in ids),
+            parent_ids=tuple(entry.parent_id for _, _, entry in ids),
         )
         self._num_transfers += 1
         self._flying[index, is_load] = (transfer, cargo)

@@ -10,12 +10,12 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from agentserve.config import TierConfig
 from agentserve.core.memory.block import BlockPool
 from agentserve.core.memory.radix import RadixNode
-from agentserve.core.transfers import Tier
+from agentserve.core.transfers import StoredBlock, Tier
 
 _DIGEST_BYTES = 16
 _MIN_COMPACTION = 64
@@ -101,9 +101,21 @@ class TierStore:
 
     def insert(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...]) -> TierEntry:
         """Takes a free slot for a block that is about to be written. There must be one, and the block must be new."""
+        (slot,) = self._pool.take(1)
+        return self._add(content_id, parent_id, key, slot)
+
+    def restore(self, blocks: Iterable[StoredBlock]) -> None:
+        """Takes in what the tier held before it was known, in slots that are free. The first one is worth least.
+
+        All of it is worth less than what comes later, until somebody uses it.
+        """
+        for block in blocks:
+            self._pool.take_exactly(block.slot)
+            self.arrived(self._add(block.content_id, block.parent_id, (), block.slot))
+
+    def _add(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...], slot: int) -> TierEntry:
         assert content_id not in self._entries, "the block is in the tier already"
         self._last_sequence += 1
-        (slot,) = self._pool.take(1)
         entry = TierEntry(content_id, parent_id, key, slot, self._last_sequence)
         self._entries[content_id] = entry
         parent = self._entries.get(parent_id)

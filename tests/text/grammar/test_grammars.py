@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
+import jsonschema
 import pytest
 
 from agentserve.config import REASONING_PARSERS as REASONING_OPTIONS
@@ -208,3 +210,137 @@ def test_a_grammar_that_gives_up_ends_the_request(compiler: GrammarCompiler) -> 
 def test_the_options_name_all_parsers() -> None:
     assert set(TOOL_OPTIONS) == set(TOOL_PARSERS)
     assert set(REASONING_OPTIONS) == set(REASONING_PARSERS)
+
+
+# ---- reasoning ----
+
+
+def test_a_trigger_within_a_thought_does_not_start_the_grammar() -> None:
+    """Also where the tags are ordinary text to the tokenizer, and whoever opened the thought."""
+    call = WEATHER_CALLS["hermes"]
+    output = choose_output_format(None, TOKENIZER, reasoning_parser="think")
+    compiler = GrammarCompiler(TOKENIZER, output)
+    try:
+        grammar = compiler.submit(Constraint(TOOLS), "").result()
+        thought = "<think>I could write <tool_call> or <tool_call>{no JSON}</tool_call>.</think>"
+        for text in (
+            "no call",
+            "",
+            "<thin",
+            "<thinker",
+            "a <think> b",
+            call,
+            f"a {call}\n{call} b",
+            "<think>a</think>b",
+        ):
+            assert accepts(grammar, text), text
+        assert accepts(grammar, f"{thought}\n\n{call}")
+        assert accepts(grammar, f"{thought}no call")
+        assert not accepts(grammar, f"{thought}\n\n{call.replace('city', 'town')}")
+        assert not accepts(grammar, f"{thought}<tool_call>{{no JSON}}</tool_call>")
+        assert not accepts(grammar, thought.removesuffix("</think>"))  # a thought has to end
+        opened = compiler.submit(Constraint(TOOLS), "...<think>\n").result()
+        assert accepts(opened, f"{thought.removeprefix('<think>')}{call}")
+        assert not accepts(opened, call)
+        # Where nobody looks for reasoning there is none.
+        plain = compiler.submit(Constraint(format=JsonObjectFormat(), may_reason=False), "<think>").result()
+        assert accepts(plain, "{}")
+        assert not accepts(plain, "<think>a</think>{}")
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize("name", ["llama3_json", "llama_pythonic"])
+def test_formats_without_a_trigger_behind_a_thought(name: str) -> None:
+    output = choose_output_format(None, TOKENIZER, tool_parser=name, reasoning_parser="think")
+    compiler = GrammarCompiler(TOKENIZER, output)
+    try:
+        grammar = compiler.submit(Constraint(TOOLS), "").result()
+        call = WEATHER_CALLS[name]
+        assert accepts(grammar, f"<think>{{[</think>{call}")
+        assert not accepts(grammar, f"<think>{{[</think>{call.replace('city', 'town')}")
+        assert accepts(grammar, "<think>{[</think>no call")
+    finally:
+        compiler.close()
+
+
+def test_a_pattern_behind_a_thought() -> None:
+    compiler = GrammarCompiler(TOKENIZER, choose_output_format(None, TOKENIZER, reasoning_parser="think"))
+    try:
+        grammar = compiler.submit(Constraint(format=RegexFormat("(?s:.){1,4}")), "").result()
+        assert [accepts(grammar, text) for text in ("ab", "abcde", "<think>long thoughts</think>ab")] == [
+            True,
+            False,
+            True,
+        ]
+        assert not accepts(grammar, "<think>long thoughts</think>abcde")
+    finally:
+        compiler.close()
+
+
+# ---- bare text ----
+
+
+def strict_tool(schema: Any) -> ToolSpec:
+    shared = {key: value for key, value in schema.items() if key == "$defs"}
+    value = {key: value for key, value in schema.items() if key != "$defs"}
+    parameters = {"type": "object", "properties": {"v": value}, "required": ["v"], **shared}
+    return ToolSpec("t", "", parameters, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "string", "maxLength": 3}, ["", "abc", "a\nb", "é\n\n"], ["abcd", "</parameter>"]),
+        ({"type": "string", "minLength": 2}, ["ab", "</param"], ["", "a"]),
+        ({"type": "string", "pattern": "^[A-Z]{2}/[0-9]+$"}, ["AB/1", "AB/123"], ["ab/1", "AB/", "xAB/1"]),
+        ({"type": "string", "pattern": "[0-9]{2}"}, ["12", "a12b"], ["a1b"]),
+        ({"type": "string", "pattern": "^(yes|no)", "maxLength": 5}, ["yes", "no!", "yesno"], ["yesnono", "maybe"]),
+        ({"enum": ["a", "b c"]}, ["a", "b c"], ["c", "a "]),
+        ({"enum": ["a", 1, None]}, ["a", "1", "null"], ["2", "b"]),
+        ({"const": "x"}, ["x"], ["y"]),
+        ({"type": ["string", "null"], "maxLength": 2}, ["ab", "null"], ["abc"]),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]}, ["ab", "null"], ["abc"]),
+        ({"$ref": "#/$defs/s", "$defs": {"s": {"type": "string", "maxLength": 2}}}, ["ab"], ["abc"]),
+        ({"type": "string"}, ["anything", "x\n<parameter"], ["x\n<parameter=a>", "x</parameter>"]),
+    ],
+)
+def test_bare_text_of_strict_tools(schema: Any, good: list[str], bad: list[str]) -> None:
+    """What is allowed is read as a value that fits the schema, and all of it is read."""
+    output = choose_output_format(None, TOKENIZER, tool_parser="qwen3_coder")
+    compiler = GrammarCompiler(TOKENIZER, output)
+    tool = strict_tool(schema)
+    try:
+        grammar = compiler.submit(Constraint((tool,), REQUIRED), "").result()
+        for value in good + bad:
+            call = f"<tool_call>\n<function=t>\n<parameter=v>\n{value}\n</parameter>\n</function>\n</tool_call>"
+            assert accepts(grammar, call) == (value in good), value
+            if value in good:
+                parser = output.parser((tool,), REQUIRED, "")
+                (found,) = [p for p in [*parser.push(call), *parser.finish()] if isinstance(p, ToolCallFinished)]
+                arguments = json.loads(found.arguments)
+                jsonschema.validate(arguments, dict(tool.parameters or {}))
+                assert str(arguments["v"]) in (value, "None")
+    finally:
+        compiler.close()
+
+
+@pytest.mark.parametrize(
+    ("schema", "keyword"),
+    [
+        ({"type": "string", "format": "date"}, "format"),
+        ({"type": ["string", "integer"], "maxLength": 2}, "maxLength"),
+        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "integer"}]}, "integer"),
+        ({"type": "string", "pattern": "a|^b$"}, "pattern"),
+        ({"enum": ["1", 1]}, "enum"),
+    ],
+)
+def test_bare_text_that_cannot_be_enforced(schema: Any, keyword: str) -> None:
+    compiler = GrammarCompiler(TOKENIZER, choose_output_format(None, TOKENIZER, tool_parser="qwen3_coder"))
+    try:
+        with pytest.raises(InvalidGrammarError, match=rf"tools\[0\].*{keyword}.*/properties/v"):
+            compiler.submit(Constraint((strict_tool(schema),), REQUIRED), "").result()
+        loose = ToolSpec("t", "", {"type": "object", "properties": {"v": schema}})
+        compiler.submit(Constraint((loose,), REQUIRED), "").result()
+    finally:
+        compiler.close()

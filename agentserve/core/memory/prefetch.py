@@ -1,0 +1,121 @@
+"""KV of agents that are about to call, loaded from lower tiers before they do (ScaleSim, section 4.3).
+
+A prefetch is a load like that of a request, but nobody waits for it: it goes behind all loads that somebody waits for,
+in the order of the distances, and its blocks come out of free memory or that of sessions that are worth less. The
+blocks are pending in the tree meanwhile, so a call that comes too early waits for them and computes nothing twice; the
+load then has the call's priority.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from agentserve.core.memory.eviction import Key, SessionBlocks
+
+if TYPE_CHECKING:
+    from agentserve.core.memory.manager import MemoryManager
+
+_PRIORITY = sys.maxsize
+"""Behind all requests."""
+MAX_PREFETCHES = 2
+"""Under way at once: one is copied, and the next one follows without a gap."""
+
+
+class PrefetchOutcome(Enum):
+    """What came of an attempt."""
+
+    STARTED = "started"
+    NOTHING = "nothing"  # all of it is on the device, or in no tier, or is computed sooner
+    NO_ROOM = "no_room"  # what is on the device is worth as much
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefetch:
+    session: SessionBlocks
+    token_ids: list[int]
+    num_before: int
+    """Tokens that were on the device already."""
+
+
+class Prefetches:
+    """The prefetches under way in one memory. Needs tiers."""
+
+    def __init__(self, memory: MemoryManager) -> None:
+        self._memory = memory
+        self._active: dict[str, _Prefetch] = {}
+        self._num_started = 0
+        self.num_blocks = 0
+        """Blocks that have come."""
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._active
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next one has to wait until one is over."""
+        return len(self._active) >= MAX_PREFETCHES
+
+    def has_room(self, key: Key) -> bool:
+        """Whether there may be a block for what is worth `key`: a free one, or one of something that is worth less."""
+        memory = self._memory
+        if memory.num_free_blocks > 1:
+            return True
+        first = memory.order.first_key()
+        return first is not None and _is_farther(first, key)
+
+    def start(self, session: SessionBlocks, distance: float, reserve_blocks: int) -> PrefetchOutcome:
+        """Loads what lower tiers have of the path that a session used last, or as much of it as there is room for.
+
+        Args:
+            session: whose blocks; its group says what they are worth.
+            distance: its place among the prefetches; the smallest is loaded first.
+            reserve_blocks: free or evictable blocks that must remain.
+        """
+        memory, size, path = self._memory, self._memory.block_size, session.path
+        if not path:
+            return PrefetchOutcome.NOTHING
+        token_ids = [token for node in path for token in node.key]
+        salt = path[0].salt
+        found = memory.loadable(token_ids, salt=salt)
+        if found is None:
+            return PrefetchOutcome.NOTHING
+        num_ready, num_found = found
+        # One block more than is loaded: a request has a token behind what is cached.
+        spare = memory.num_available_blocks - reserve_blocks
+        num_new = min(num_found + 1, spare, memory.make_room_before(num_found + 1, session.group.key[:2]))
+        if num_new < 2:
+            return PrefetchOutcome.NO_ROOM
+        token_ids = token_ids[: (num_ready + num_new - 1) * size]
+        name = f"\0prefetch/{self._num_started}"
+        self._num_started += 1
+        allocation = memory.allocate(
+            name, [*token_ids, 0], salt=salt, session=session, ignore_pins=True, priority=_PRIORITY, distance=distance
+        )
+        if not allocation.num_loading_tokens:
+            if memory.holds(name):
+                memory.free(name)
+            return PrefetchOutcome.NOTHING
+        self._active[name] = _Prefetch(session, token_ids, allocation.num_cached_tokens)
+        return PrefetchOutcome.STARTED
+
+    def advanced(self, name: str, num_blocks: int, *, is_over: bool) -> None:
+        """A piece of a prefetch has come, or failed: whatever is there now is cached."""
+        prefetch, memory = self._active[name], self._memory
+        num_tokens = memory.num_computed_tokens(name) + num_blocks * memory.block_size
+        memory.commit(name, [*prefetch.token_ids, 0], num_tokens)
+        self.num_blocks += num_blocks
+        if not is_over:
+            return
+        del self._active[name]
+        before = prefetch.session.path
+        memory.free(name)
+        # What was not loaded still belongs to the history of the session.
+        prefetch.session.path = [*prefetch.session.path, *before[len(prefetch.session.path) :]]
+
+
+def _is_farther(other: Key, key: Key) -> bool:
+    """Whether a group's key is strictly less than another one's, apart from when its blocks were used."""
+    return other[:2] < key[:2]
