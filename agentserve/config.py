@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from typing import Any
 
 from agentserve.errors import ConfigError
@@ -25,10 +26,15 @@ TOOL_CALL_PARSERS = (
 REASONING_PARSERS = ("auto", "none", "think", "mistral")
 ATTENTION_BACKENDS = ("mirror", "flashinfer", "triton", "torch")
 PREFILL_ORDERS = ("shortest", "fcfs")
-RETENTION_POLICIES = ("lru", "evict_always", "ttl", "continuum", "min_waste", "lfu_decay", "belady")
+RETENTION_POLICIES = (
+    "lru", "anchor", "transition", "invocation_distance", "evict_always", "ttl", "continuum", "min_waste", "lfu_decay",
+    "belady",
+)  # fmt: skip
 """What stays in the cache; adr/0015 and `agentserve.core.agents.policies` say what each one does."""
 ORDER_POLICIES = ("default", "fcfs", "program_fcfs", "plas", "fair_share", "srpt")
 """Which call goes first. `default`: admission by arrival, and prompts by `prefill_order`."""
+POLICY_GROUP = "agentserve.policies"
+"""Entry points by which installed packages offer policies of their own."""
 ORACLES = ("belady", "srpt")
 """Policies that know the future: in the simulator only."""
 TIERS = ("host", "cxl", "disk")
@@ -231,6 +237,11 @@ class EngineConfig:
     """Which call goes first within its priority; one of `ORDER_POLICIES`."""
     protect_anchors: bool | None = None
     """Whether what several sessions use is kept longer than what one of them uses. None: unless the policy is lru."""
+    prediction: bool = True
+    """Whether a policy that learns which agent comes next uses it; without, it keeps what it protects anyway."""
+    prefetch_distance: float = 2.0
+    """`invocation_distance`: agents that are nearer than this are loaded before they call; 0: nobody is. Two is what
+    the published code has (`load_ahead_step`): those who are next, in applications that count in steps."""
     pin_share: float = 0.8
     """Share of the blocks that pins may keep from others."""
     tiering: TieringConfig | None = None
@@ -245,7 +256,8 @@ class EngineConfig:
             ("policy", RETENTION_POLICIES),
             ("order", ORDER_POLICIES),
         ):
-            if getattr(self, name) not in allowed:
+            is_other = name in {"policy", "order"} and is_plugin(getattr(self, name))
+            if getattr(self, name) not in allowed and not is_other:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in (
             "num_blocks",
@@ -260,10 +272,7 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.policy == "continuum" and self.order != "default":
-            raise ConfigError(f"continuum has an order of its own; with --order {self.order}, use --policy ttl")
-        if not 0.0 < self.pin_share <= 1.0:
-            raise ConfigError(f"pin_share must be above 0 and at most 1, not {self.pin_share}")
+        self._check_policies()
         if self.tiering is not None and not self.enable_prefix_caching:
             raise ConfigError("KV tiers keep cached prefixes: they need prefix caching")
         if self.decode_lookahead not in {1, 2}:
@@ -278,6 +287,18 @@ class EngineConfig:
                 f"the KV cache holds {self.num_blocks * self.block_size} tokens, fewer than the window of "
                 f"{self.max_model_len}; give it more memory or choose a smaller --max-model-len"
             )
+
+    def _check_policies(self) -> None:
+        if self.policy == "continuum" and self.order != "default":
+            raise ConfigError(f"continuum has an order of its own; with --order {self.order}, use --policy ttl")
+        if self.policy == "invocation_distance" and self.protect_anchors is not None:
+            raise ConfigError(
+                "invocation_distance rates what several sessions use by their distances: no protect_anchors"
+            )
+        if not 0.0 <= self.prefetch_distance < float("inf"):
+            raise ConfigError(f"prefetch_distance must be a number from 0 on, not {self.prefetch_distance}")
+        if not 0.0 < self.pin_share <= 1.0:
+            raise ConfigError(f"pin_share must be above 0 and at most 1, not {self.pin_share}")
 
     @property
     def protects_anchors(self) -> bool:
@@ -394,9 +415,29 @@ def servable(policies: tuple[str, ...]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text in policies and text in ORACLES:
             raise ConfigError(f"{text} knows the future: only `agentserve simulate` can run it")
-        return choice(*_servable(policies))(text)
+        return simulatable(_servable(policies))(text)
 
     return parse
+
+
+def simulatable(policies: tuple[str, ...]) -> Callable[[str], str]:
+    """One of `policies`, or a plug-in."""
+
+    def parse(text: str) -> str:
+        if text not in policies and not is_plugin(text):
+            raise ConfigError(f"must be one of {', '.join(policies)}, or module:Class of a plug-in, not {text!r}")
+        return text
+
+    return parse
+
+
+def is_plugin(name: str) -> bool:
+    """Whether a policy is somebody else's: `module:Class`, or the name of an entry point. It need not exist."""
+    if name == "module:Class":
+        return False
+    module, _, attribute = name.partition(":")
+    parts = [*module.split("."), *attribute.split(".")] if ":" in name else []
+    return all(part.isidentifier() for part in parts) if parts else bool(entry_points(group=POLICY_GROUP, name=name))
 
 
 def _int(text: str) -> int:
@@ -563,19 +604,33 @@ class ServeConfig:
     kv_offloading_size: float = _option(
         0.0, non_negative_float, "GiB of host memory for KV blocks that leave the device; 0: none", section="cache"
     )
+    kv_disk_path: str | None = _option(
+        None, str, "directory for KV blocks that leave the device, or the host memory; they outlive the daemon",
+        section="cache",
+    )  # fmt: skip
+    kv_disk_size: float = _option(0.0, non_negative_float, "GiB of files in it at most; 0: none", section="cache")
     kv_write_back: str = _option(
-        "incremental", choice(*WRITE_BACKS), "when blocks are copied to the host: incremental, before they have to "
-        "leave the device, or on_evict", section="cache",
+        "incremental", choice(*WRITE_BACKS), "when blocks are copied to the first tier: incremental, before they have "
+        "to leave the device, or on_evict", section="cache",
     )  # fmt: skip
     policy: str = _option(
-        "lru", servable(RETENTION_POLICIES), "what stays in the cache: " + ", ".join(_servable(RETENTION_POLICIES)),
+        "lru", servable(RETENTION_POLICIES), "what stays in the cache: " + ", ".join(_servable(RETENTION_POLICIES))
+        + ", or a plug-in, module:Class",
         section="cache",
+    )  # fmt: skip
+    prefetch_distance: float = _option(
+        2.0, non_negative_float, "policy invocation_distance: agents nearer than this are loaded from the tiers before "
+        "they call; 0: none", section="cache",
     )  # fmt: skip
     protect_anchors: bool | None = _option(
         None, boolean, "keep what several sessions use longer; default for all policies but lru", section="cache"
     )
+    prediction: bool = _option(
+        True, boolean, "policy transition: rate memory by which agent is likely to come next", section="cache"
+    )
     order: str = _option(
-        "default", servable(ORDER_POLICIES), "which call goes first: " + ", ".join(_servable(ORDER_POLICIES)),
+        "default", servable(ORDER_POLICIES), "which call goes first: " + ", ".join(_servable(ORDER_POLICIES))
+        + ", or a plug-in, module:Class",
         section="scheduler",
     )  # fmt: skip
     token_history: bool = _option(

@@ -29,6 +29,7 @@ from agentserve.sim.cluster import Cluster
 from agentserve.sim.orchestrator import SimulatedRun, simulate
 from agentserve.sim.programs import Workload
 from agentserve.sim.router import build_router
+from agentserve.sim.tools import load_tool_profile, with_tool_times
 from agentserve.sim.workloads import make_workload
 from bench.figures.simulated import Device
 from bench.figures.variants import VARIANTS
@@ -36,8 +37,10 @@ from bench.load.results import conditions
 
 GPUS = ("rtx-5090", "rtx-a5000")
 WORKLOADS = ("react", "plan_execute", "coding_agent")
-SIZES = (10, 20, 40, 80, 160, 320)
-"""Programs of the runs that cost is plotted for."""
+TOOL_PROFILE = "swe-bench"
+"""Whose tool times `coding_agent` has in the runs named after it: agents that mostly wait."""
+SIZES = (125, 250, 500, 1000, 2000)
+"""Programs of the runs that cost is plotted for: all at the same rate, so that the load is the same."""
 _BLOCK_SIZE = 16
 _ARRIVALS_PER_S = 1.0
 """Programs a second and instance where they arrive by themselves."""
@@ -115,10 +118,13 @@ def measure(
     )
 
 
-def six_agents(gpu: str, name: str, variant: str, rounds: int) -> Speed:
-    """Six agents on one instance."""
+def six_agents(gpu: str, name: str, variant: str, rounds: int, tools: str | None = None) -> Speed:
+    """Six agents on one instance; `tools`: a profile that tool times are drawn from."""
     device = Device.load(gpu, "qwen2.5-7b")
     workload = make_workload(name, num_agents=6, seed=0)
+    if tools is not None:
+        workload = with_tool_times(workload, load_tool_profile(tools), 0)
+        workload = dataclasses.replace(workload, name=f"{name}, tools={tools}")
     return measure(
         gpu, workload, variant, lambda: device.driver(VARIANTS[variant], workload), rounds=rounds, compare=True
     )
@@ -188,19 +194,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     alone = [
-        six_agents(gpu, name, variant, arguments.rounds)
+        six_agents(gpu, name, variant, arguments.rounds, tools)
         for gpu in GPUS
-        for name in WORKLOADS
+        for name, tools in (*((name, None) for name in WORKLOADS), ("coding_agent", TOOL_PROFILE))
         for variant in ("predictive", "static", "chunked")
     ]
     _print("six agents on one instance, qwen2.5-7b", alone, console)
-    growing = [many_programs(GPUS[0], size, arguments.instances, arguments.rounds, False) for size in SIZES]
+    growing = [many_programs(GPUS[0], size, arguments.instances, 1, False) for size in SIZES]
     _print("cost against events", growing, console)
     slope_us, rest_ms, explained = fit(growing)
     console.print(f"{slope_us:.2f} us an event, {rest_ms:+.1f} ms besides, R² = {explained:.4f}")
     large = []
     if arguments.programs:
-        large = [many_programs(gpu, arguments.programs, arguments.instances, 1, True) for gpu in GPUS]
+        large = [many_programs(GPUS[1], arguments.programs, arguments.instances, 1, True)]
         _print("many programs", large, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw(growing, arguments.out / "sim_speed.png")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agentserve.build.control import calibrated, control_config, device_sheet
-from agentserve.build.parts import Parts, build_parts, model_shape, tiering_of, window
+from agentserve.build.parts import Parts, build_parts, model_shape, window
+from agentserve.build.policies import with_plugins
 from agentserve.config import ControlConfig, EngineConfig, ServeConfig
 from agentserve.core.costmodel import DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor, require_tiers
@@ -98,6 +99,8 @@ def _assemble(
         policy=config.policy,
         order=config.order,
         protect_anchors=config.protect_anchors,
+        prefetch_distance=config.prefetch_distance,
+        prediction=config.prediction,
         aging_tokens_per_s=config.aging_tokens_per_s,
         prefill_chunk=config.prefill_chunk,
         resume_budget=config.resume_budget,
@@ -105,7 +108,7 @@ def _assemble(
         decode_lookahead=min(2, capabilities.lookahead),
         control=control,
         lora=parts.lora,
-        tiering=tiering_of(config, parts.profile, parts.model_shape)[0],
+        tiering=parts.tiering,
     )
     require_tiers(capabilities, engine_config.tiering)
     header = Header(
@@ -122,11 +125,12 @@ def _assemble(
     header = calibrated(header, parts, report)
     bridge = EventBridge()
     driver = LiveDriver(
-        build_core(header),
+        build_core(header, with_plugins(config.policy, config.order)),
         parts.executor,
         MonotonicClock(),
         on_events=bridge.on_events,
         on_failure=bridge.on_failure,
+        tier_contents=parts.tier_contents,
         recorder=Recorder(Path(config.record), header) if config.record else None,
     )
     client = EngineClient(

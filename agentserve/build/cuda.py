@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from agentserve.build.tiers import disk_options, measured_tiering
 from agentserve.config import ServeConfig
 from agentserve.core.batch import Lane
 from agentserve.core.costmodel import DeviceProfile
@@ -122,6 +123,7 @@ def _build(
     window = min(config.max_model_len or model.config.max_position_embeddings, model.config.max_position_embeddings)
     pool_bytes = _pool_bytes(device, config, block_bytes, min_blocks=-(-window // config.block_size))
     graph_bytes = int(device.facts.memory_bytes * _GRAPH_SHARE)
+    tiering = measured_tiering(config, device, block_bytes)
     executor = TorchExecutor(
         model,
         device,
@@ -133,6 +135,8 @@ def _build(
         token_masks=masks,
         attention=config.attention_backend,
         lora=lora,
+        tiering=tiering,
+        disk=disk_options(config, source),
         make_graphs=lambda step, buckets: DecodeGraphs(
             step, buckets=buckets, max_graphs=_MAX_GRAPHS, max_bytes=graph_bytes
         ),

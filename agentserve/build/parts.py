@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from agentserve.build.adapters import lora_config, read_adapters, slot_bytes
+from agentserve.build.tiers import check_tiers, disk_options, measured_tiering, tier_notes
 from agentserve.config import LoraConfig, ServeConfig, TieringConfig
 from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
+from agentserve.core.transfers import TierContents
 from agentserve.errors import ConfigError, ModelError
 from agentserve.executors.simulated.constrained import ConstrainedTokens
 from agentserve.executors.simulated.executor import SimulatedExecutor
@@ -33,6 +35,7 @@ from agentserve.text.output import OutputFormat, choose_output_format
 from agentserve.text.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
+    from agentserve.executors.pytorch.executor import TorchExecutor
     from agentserve.models.interface import DecoderModel
 
 logger = logging.getLogger(__name__)
@@ -92,6 +95,10 @@ class Parts:
     """What answers, if it is no model."""
     lora: LoraConfig | None = None
     """The adapters that requests may name."""
+    tiering: TieringConfig | None = None
+    """Where KV blocks go that leave the device."""
+    tier_contents: tuple[TierContents, ...] = ()
+    """What is there already."""
 
     def close(self) -> None:
         """Closes the executor, which asks for masks, and then the text side."""
@@ -105,6 +112,7 @@ def build_parts(config: ServeConfig, report: Callable[[str], None]) -> tuple[str
     Raises ConfigError or ModelError, each with one clear sentence.
     """
     source, kind, notes = choose(config)
+    check_tiers(config, kind)
     build = {"cpu": _build_cpu, "cuda": _build_cuda, "simulated": _build_simulated}[kind]
     parts = build(config, source, report)
     return source.name, replace(parts, notes=(*notes, *parts.notes))
@@ -224,6 +232,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
     if pool_bytes is None:
         pool_bytes = min(_CPU_KV_LIMIT, int(psutil.virtual_memory().available * _CPU_KV_SHARE))
     device = CpuDevice()
+    tiering = measured_tiering(config, device, block_bytes)
     executor = TorchExecutor(
         model,
         device,
@@ -234,11 +243,14 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         token_masks=text.masks,
         attention=config.attention_backend,
         lora=make_store(model, adapters, device, max_slots=config.max_loras, max_rank=config.max_lora_rank),
+        tiering=tiering,
+        disk=disk_options(config, source),
     )
     dtype = str(model.dtype).removeprefix("torch.")
     shape = model_shape(model.config, model.dtype.itemsize)
     lora = lora_config(adapters, model.config, config.max_loras, "")
-    return Parts(executor, model.config, text, shape, dtype, profile, lora=lora)
+    parts = Parts(executor, model.config, text, shape, dtype, profile, lora=lora)
+    return _with_tiers(parts, executor)
 
 
 # ---- a GPU ----
@@ -255,7 +267,14 @@ def _build_cuda(config: ServeConfig, source: ModelSource, report: Callable[[str]
     dtype = str(model.dtype).removeprefix("torch.")
     shape = model_shape(model.config, model.dtype.itemsize)
     lora = lora_config(adapters, model.config, config.max_loras, "" if profile is None else profile.name)
-    return Parts(executor, model.config, text, shape, dtype, profile, sheet, lora=lora)
+    parts = Parts(executor, model.config, text, shape, dtype, profile, sheet, lora=lora)
+    return _with_tiers(parts, executor)
+
+
+def _with_tiers(parts: Parts, executor: TorchExecutor) -> Parts:
+    contents = executor.tier_contents
+    notes = tier_notes(executor.tiering, sum(len(tier.blocks) for tier in contents))
+    return replace(parts, tiering=executor.tiering, tier_contents=contents, notes=(*parts.notes, *notes))
 
 
 # ---- simulated timing ----
@@ -287,10 +306,11 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
         "vocabulary": text.tokenizer.encode(_SIMULATED_TEXT),
         "constrained": ConstrainedTokens(text.masks, _closing_tokens(text.tokenizer)),
     }
-    options["tiering"], tier_notes = tiering_of(config, profile, shape)
+    tiering, link_notes = tiering_of(config, profile, shape)
+    options["tiering"] = tiering
     options["lora"] = lora
     cost_model = CostModel(profile, shape)
-    notes = [f"timing of {profile.description} is {profile.provenance}", *tier_notes]
+    notes = [f"timing of {profile.description} is {profile.provenance}", *link_notes]
     script = None
     if config.script is None:
         executor = SimulatedExecutor(cost_model, **options)
@@ -298,14 +318,15 @@ def _build_simulated(config: ServeConfig, source: ModelSource, report: Callable[
         script = Script(read_script(Path(config.script)), text.tokenizer)
         executor = ScriptedExecutor(cost_model, next_token=script.next_token, **options)
         notes.insert(0, f"SCRIPTED: every answer is a line of {config.script}")
-    return Parts(executor, source.config, text, shape, dtype, profile, notes=tuple(notes), script=script, lora=lora)
+    parts = Parts(executor, source.config, text, shape, dtype, profile, notes=tuple(notes), script=script, lora=lora)
+    return replace(parts, tiering=tiering)
 
 
 def tiering_of(
     config: ServeConfig, profile: DeviceProfile | None, shape: ModelShape
 ) -> tuple[TieringConfig | None, tuple[str, ...]]:
-    """The tiers below the device's pool that the options ask for, and a note about each link."""
-    sizes = TierSizes(host_gib=config.kv_offloading_size, write_back=config.kv_write_back)
+    """The simulated tiers below the device's pool that the options ask for, and a note about each link."""
+    sizes = TierSizes(host_gib=config.kv_offloading_size, disk_gib=config.kv_disk_size, write_back=config.kv_write_back)
     return make_tiering(sizes, "" if profile is None else profile.name, shape.kv_bytes_per_token * config.block_size)
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from agentserve.build.adapters import simulated_lora
 from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
-from agentserve.config import ControlConfig, EngineConfig
+from agentserve.build.policies import with_plugins
+from agentserve.config import ControlConfig, EngineConfig, is_plugin
 from agentserve.core.costmodel import CostModel
 from agentserve.errors import ConfigError, WorkloadError
 from agentserve.executors.simulated.executor import SimulatedExecutor
@@ -47,6 +48,8 @@ _ENGINE = (
     "policy",
     "order",
     "protect_anchors",
+    "prefetch_distance",
+    "prediction",
 )
 _LINK_GB_PER_S = 12.0
 _LORA_RANK, _MAX_LORAS = 16, 8
@@ -84,7 +87,7 @@ def build_instance(header: Header) -> Instance:
         tiering=config.tiering,
         lora=config.lora,
     )
-    return Instance(build_core(header), executor)
+    return Instance(build_core(header, with_plugins(config.policy, config.order)), executor)
 
 
 def build_driver(header: Header) -> VirtualDriver:
@@ -127,6 +130,7 @@ class _Planner:
             config = _engine_config(cell, hardware, None if traffic is None else traffic.header.config)
             header, conditions = hardware.header(config), hardware.conditions
         _check_control(cell, header.config)
+        _check_plugins(cell, header.config)
         shape = header.model_shape
         assert shape is not None
         header, tier_notes = _with_tiers(cell, _with_adapters(cell, header, workload))
@@ -314,6 +318,14 @@ def _check_control(cell: Cell, config: EngineConfig) -> None:
     for name in _CONTROL:
         if getattr(cell, name) is not None and config.scheduler != "lanes":
             raise ConfigError(f"{flag(name)} needs --scheduler lanes: {config.scheduler} has no controller")
+
+
+def _check_plugins(cell: Cell, config: EngineConfig) -> None:
+    """Raises ConfigError for a plug-in that only a recording names: reading a file must not run code that it names."""
+    for name in ("policy", "order"):
+        value = getattr(config, name)
+        if is_plugin(value) and getattr(cell, name) != value:
+            raise ConfigError(f"it was recorded with the plug-in {value}: {flag(name)} {value} uses it, or another one")
 
 
 def _notes(workload: Workload, header: Header) -> tuple[str, ...]:

@@ -87,6 +87,7 @@ def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
         adapters=adapters,
         accept_any_model=accepts_any if config.accept_any_model is None else config.accept_any_model,
         claude_alias=config.claude_alias,
+        uses_distances=engine.engine_config.policy == "invocation_distance",
         max_num_seqs=config.max_num_seqs,
         max_body_bytes=config.max_body_size,
         sse_ping_interval_s=config.sse_ping_interval,

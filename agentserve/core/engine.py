@@ -20,10 +20,11 @@ from agentserve.core.events import (
     RequestFinished,
     RequestPreempted,
     RequestStats,
+    SetDistances,
     SubmitRequest,
     TokenGenerated,
 )
-from agentserve.core.executor import Completion
+from agentserve.core.executor import Report
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.memory.modules import AdapterModule
 from agentserve.core.memory.residency import RecomputeCost
@@ -104,7 +105,7 @@ class EngineCore:
         """When the next timer is due, or None: the policies' timers count only while somebody waits."""
         return self.agents.next_deadline_ns() if self._scheduler.waiting else None
 
-    def step(self, now_ns: int, completions: Sequence[Completion], commands: Sequence[Command]) -> StepResult:
+    def step(self, now_ns: int, completions: Sequence[Report], commands: Sequence[Command]) -> StepResult:
         """Takes what happened and decides what happens next.
 
         In this order: completions, commands as they arrived, idle lanes. `now_ns` must not go backwards (ValueError).
@@ -120,12 +121,15 @@ class EngineCore:
             elif isinstance(output, AdapterLoadOutput):
                 self._adapter_loaded(output, now_ns, events)
             elif isinstance(output, TierContents):
-                self.memory.restore(output)
+                assert self.memory.residency is not None, f"unexpected contents of the {output.tier} tier"
+                self.memory.residency.restore(output)
             else:
                 self._complete(output, now_ns, events)
         for command in commands:
             if isinstance(command, SubmitRequest):
                 self._submit(command, now_ns, events)
+            elif isinstance(command, SetDistances):
+                self.agents.set_distances(command, now_ns)
             else:
                 self._end(command.request_id, command.reason, now_ns, events)
         batches = self._schedule(now_ns, events)
@@ -133,12 +137,15 @@ class EngineCore:
 
     # ---- runs of decode steps ----
 
-    def decode_plan(self) -> DecodePlan | None:
-        """The decode steps that are certain as long as nothing comes from outside; None if the next one is not."""
+    def decode_plan(self, *, settled: bool = False) -> DecodePlan | None:
+        """The decode steps that are certain as long as nothing comes from outside; None if the next one is not.
+
+        `settled`: None, too, if something within the engine may change the batches that follow.
+        """
         if not self.agents.is_active:
-            return self._scheduler.decode_plan()
+            return self._scheduler.decode_plan(settled=settled)
         # Policies act at every step, but only on what they were told and on their deadlines.
-        plan = None if self._has_told_policies else self._scheduler.decode_plan()
+        plan = None if self._has_told_policies else self._scheduler.decode_plan(settled=settled)
         return None if plan is None else dataclasses.replace(plan, before_ns=self.agents.next_deadline_ns())
 
     def run_decodes(self, plan: DecodePlan, started_ns: int, ends_ns: Sequence[int], tokens: TokenSource) -> StepResult:
@@ -251,6 +258,10 @@ class EngineCore:
         """Books a copy between tiers; the last one that a request waits for lets it run."""
         progress = self.memory.finish_transfer(output)
         if progress is None:
+            return
+        if progress.request_id in self.memory.prefetches:
+            self.memory.prefetches.advanced(progress.request_id, progress.num_blocks, is_over=progress.is_over)
+            self._scheduler.prefix_moved(progress.request_id)
             return
         request = self._requests[progress.request_id]
         request.num_computed_tokens += progress.num_blocks * self.config.block_size

@@ -51,6 +51,22 @@ class SubmitRequest:
     is_last_turn: bool | None = None
     """Whether the task ends with this call; None: nobody knows. Policies use it once the call has ended."""
     foresight: Foresight | None = None
+    distance: float | None = None
+    """How far the agent's next call is once this one has ended, as in `SetDistances`; None: nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class SetDistances:
+    """How far agents are from their next call: their invocation distances (ScaleSim, section 4.2).
+
+    A distance is a number of steps, hops or seconds, whatever the application counts in: only the order matters, and
+    how it compares with the threshold of prefetching. `core.agents.distances` has the rules.
+    """
+
+    agents: tuple[tuple[str, float], ...]
+    """Agent, or session of an agent without a name, and its distance; in no order."""
+    relative: bool = False
+    """The numbers are changes of the distances that are known, such as -1 for a step nearer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +80,7 @@ class EndRequest:
     reason: FinishReason = FinishReason.CANCELLED
 
 
-Command: TypeAlias = SubmitRequest | EndRequest
+Command: TypeAlias = SubmitRequest | EndRequest | SetDistances
 
 # ---- events ----
 

@@ -13,10 +13,13 @@ from agentserve.core.slots import PartitionTable, build_partition_table
 from agentserve.core.transfers import Tier, TierContents, TransferOutput
 from agentserve.errors import ConfigError
 
-__all__ = ["Capabilities", "Completion", "Executor", "Tier", "require_tiers"]
+__all__ = ["Capabilities", "Completion", "Executor", "Report", "Tier", "require_tiers"]
 
-Completion: TypeAlias = BatchOutput | TransferOutput | AdapterLoadOutput | TierContents
-"""What an executor reports: a batch that is done, a copy between tiers or of an adapter, or what a tier held before."""
+Completion: TypeAlias = BatchOutput | TransferOutput | AdapterLoadOutput
+"""What an executor reports: a batch that is done, or a copy between tiers or of an adapter."""
+
+Report: TypeAlias = Completion | TierContents
+"""What the control plane is told: completions, and in the first step what the tiers of the executor hold already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,10 @@ _CODING = 128 / 130
 _EFFICIENCY = 0.8
 _LATENCY_NS = 10_000
 """Of starting a copy and learning of its end; an estimate."""
+_DISK_EFFICIENCY = 0.5
+_DISK_LATENCY_NS = 200_000
+_PAGE_BYTES, _FILE_HEADER_BYTES = 4096, 128
+"""Files take whole pages of a disk; what describes a block in its file takes less than so much."""
 _TRANSFERS_PER_S = {4: 16e9, 5: 32e9}
 _GENERATIONS = {
     "rtx-3090": 4,
@@ -57,6 +61,20 @@ def cxl_link() -> LinkFigures:
     return LinkFigures(bytes_per_s, 2 * _LATENCY_NS, source)
 
 
+def disk_link() -> LinkFigures:
+    """A solid-state disk on four lanes of PCIe 4.0, through its file system."""
+    bytes_per_s = _TRANSFERS_PER_S[4] * _CODING * 4 / 8 * _DISK_EFFICIENCY
+    source = (
+        f"estimated: NVMe on PCIe 4.0 x4, {_DISK_EFFICIENCY:.0%} of {bytes_per_s / _DISK_EFFICIENCY / 1e9:.1f} GB/s"
+    )
+    return LinkFigures(bytes_per_s, _DISK_LATENCY_NS, source)
+
+
+def disk_blocks(gib: float, block_bytes: int) -> int:
+    """How many blocks, each in a file of its own, so much of a disk holds."""
+    return int(gib * 2**30) // (-(-(block_bytes + _FILE_HEADER_BYTES) // _PAGE_BYTES) * _PAGE_BYTES)
+
+
 @dataclass(frozen=True, slots=True)
 class TierSizes:
     """What somebody asked for: gibibytes of each tier below the device (0 or None: no such tier), and what replaces the
@@ -67,6 +85,7 @@ class TierSizes:
     host_bytes_per_s: float | None = None
     cxl_bytes_per_s: float | None = None
     write_back: str | None = None
+    disk_gib: float | None = None
 
 
 def make_tiering(sizes: TierSizes, profile_name: str, block_bytes: int) -> tuple[TieringConfig | None, tuple[str, ...]]:
@@ -83,11 +102,13 @@ def make_tiering(sizes: TierSizes, profile_name: str, block_bytes: int) -> tuple
     for name, gib, bytes_per_s, figures in (
         ("host", sizes.host_gib, sizes.host_bytes_per_s, host_link(profile_name)),
         ("cxl", sizes.cxl_gib, sizes.cxl_bytes_per_s, cxl_link()),
+        ("disk", sizes.disk_gib, None, disk_link()),
     ):
         if not gib:
             continue
         rate = bytes_per_s or figures.bytes_per_s
-        tiers.append(TierConfig(name, int(gib * 2**30) // block_bytes, rate, rate, figures.latency_ns))
+        num_blocks = disk_blocks(gib, block_bytes) if name == "disk" else int(gib * 2**30) // block_bytes
+        tiers.append(TierConfig(name, num_blocks, rate, rate, figures.latency_ns))
         source = figures.source if bytes_per_s is None else "as given"
         notes.append(f"{name} tier: {gib:g} GiB behind a link of {rate / 1e9:.1f} GB/s each way ({source})")
     if not tiers:

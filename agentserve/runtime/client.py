@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -23,6 +23,7 @@ from agentserve.core.events import (
     RequestAdmitted,
     RequestFinished,
     RequestStats,
+    SetDistances,
     SubmitRequest,
     TokenGenerated,
 )
@@ -250,6 +251,7 @@ class EngineClient:
         request_id: str | None = None,
         agent_id: str | None = None,
         session_id: str | None = None,
+        distance: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
         adapter: str | None = None,
@@ -276,6 +278,7 @@ class EngineClient:
             sampling=sampling,
             agent_id=agent_id,
             session_id=session_id,
+            distance=distance,
             priority=priority,
             cache_salt=cache_salt,
             adapter=adapter,
@@ -290,6 +293,13 @@ class EngineClient:
         self._streams[request_id] = stream
         self._waiting.add(request_id)
         return stream
+
+    def set_distances(self, agents: Mapping[str, float], *, relative: bool = False) -> None:
+        """Says how far agents are from their next calls; see `SetDistances`.
+
+        Raises EngineError if the engine is down.
+        """
+        self._driver.post(SetDistances(tuple(agents.items()), relative))
 
     def dispatch(self, events: Sequence[EngineEvent]) -> None:
         """Delivers the events of one or more steps to their streams. Called on the event loop."""

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from agentserve.core.clock import Clock
 from agentserve.core.engine import EngineCore, StepResult
 from agentserve.core.events import Command, EngineEvent, PolicyFailed
-from agentserve.core.executor import Completion, Executor
+from agentserve.core.executor import Executor, Report
 from agentserve.core.stats import EngineStats
+from agentserve.core.transfers import TierContents
 from agentserve.errors import EngineError
 from agentserve.runtime.recording import Recorder
 
@@ -41,8 +42,10 @@ class LiveDriver:
         *,
         on_events: Callable[[Sequence[EngineEvent]], None],
         on_failure: Callable[[str], None],
+        tier_contents: Sequence[TierContents] = (),
         recorder: Recorder | None = None,
     ) -> None:
+        """`tier_contents`: what the tiers of the executor hold already; the core learns it in the first step."""
         self._core = core
         self._executor = executor
         self._clock = clock
@@ -51,7 +54,8 @@ class LiveDriver:
         self._recorder = recorder
         self._commands: deque[Command] = deque()
         self._changed = threading.Condition()
-        self._woken = False
+        self._tier_contents = tuple(tier_contents)
+        self._woken = bool(tier_contents)
         self._stopping = False
         self._failure: str | None = None
         self._stats = core.stats()
@@ -128,7 +132,9 @@ class LiveDriver:
             commands = list(self._commands)
             self._commands.clear()
         now_ns = self._clock.now_ns()
-        completions = self._executor.poll(now_ns)
+        completions: Sequence[Report] = self._executor.poll(now_ns)
+        if self._tier_contents:
+            completions, self._tier_contents = (*self._tier_contents, *completions), ()
         if not completions and not commands and not self._timer_due(now_ns):
             return
         result = self._core.step(now_ns, completions, commands)
@@ -151,7 +157,7 @@ class LiveDriver:
     def _record(
         self,
         now_ns: int,
-        completions: Sequence[Completion],
+        completions: Sequence[Report],
         commands: Sequence[Command],
         result: StepResult,
     ) -> None:

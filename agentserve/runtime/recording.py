@@ -21,8 +21,8 @@ from agentserve.core.batch import BatchOutput, Lane, TokenSample
 from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, EndRequest, Foresight, SubmitRequest
-from agentserve.core.executor import Completion
+from agentserve.core.events import Command, EndRequest, Foresight, SetDistances, SubmitRequest
+from agentserve.core.executor import Report
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.transfers import StoredBlock, Tier, TierContents, TransferOutput
 from agentserve.errors import AgentServeError, ConfigError, RecordingError
@@ -52,7 +52,7 @@ class RecordedStep:
     """One call of `EngineCore.step` and its decisions."""
 
     now_ns: int
-    completions: tuple[Completion, ...]
+    completions: tuple[Report, ...]
     commands: tuple[Command, ...]
     decisions: tuple[str, ...]
 
@@ -72,7 +72,7 @@ class Recorder:
     def write(
         self,
         now_ns: int,
-        completions: Sequence[Completion],
+        completions: Sequence[Report],
         commands: Sequence[Command],
         result: StepResult,
     ) -> None:
@@ -180,6 +180,8 @@ def _command_from_json(value: dict[str, Any]) -> Command:
     kind = fields.pop("type")
     if kind == "EndRequest":
         return EndRequest(fields["request_id"], FinishReason(fields["reason"]))
+    if kind == "SetDistances":
+        return SetDistances(tuple((name, distance) for name, distance in fields["agents"]), fields["relative"])
     if kind != "SubmitRequest":
         raise ValueError(f"unknown command {kind!r}")
     sampling = dict(fields.pop("sampling"))
@@ -191,14 +193,14 @@ def _command_from_json(value: dict[str, Any]) -> Command:
     return SubmitRequest(**fields, sampling=SamplingParams(**sampling))
 
 
-def _output_to_json(output: Completion) -> dict[str, Any]:
+def _output_to_json(output: Report) -> dict[str, Any]:
     if not isinstance(output, TierContents):
         return dataclasses.asdict(output)
     blocks = [(block.slot, block.content_id.hex(), block.parent_id.hex()) for block in output.blocks]
     return {"tier": output.tier.value, "blocks": blocks}
 
 
-def _output_from_json(value: dict[str, Any]) -> Completion:
+def _output_from_json(value: dict[str, Any]) -> Report:
     if "tier" in value:
         ids = ((slot, bytes.fromhex(own), bytes.fromhex(parent)) for slot, own, parent in value["blocks"])
         return TierContents(Tier(value["tier"]), tuple(StoredBlock(*fields) for fields in ids))

@@ -13,7 +13,7 @@ from agentserve.core.events import Command
 from agentserve.core.executor import Executor
 from agentserve.errors import EngineError
 
-_MIN_RUN = 2
+MIN_RUN = 2
 """A run of fewer decode steps is not worth its preparation."""
 
 
@@ -23,13 +23,13 @@ def run_decodes(core: EngineCore, executor: PredictableExecutor, before_ns: int 
     What is in flight behind them is handed to the executor. `before_ns`: when the next command comes, None without one.
     """
     plan = core.decode_plan()
-    if plan is None:
+    if plan is None or plan.num_steps < MIN_RUN:
         return None
     deadline_ns = core.next_deadline_ns()
     if before_ns is None or (deadline_ns is not None and deadline_ns < before_ns):
         before_ns = deadline_ns
     started_ns, ends_ns = executor.decode_ends(plan, before_ns)
-    if len(ends_ns) < _MIN_RUN:
+    if len(ends_ns) < MIN_RUN:
         return None
     result = core.run_decodes(plan, started_ns, ends_ns, executor.decoded_tokens)
     run = result.run

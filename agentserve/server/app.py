@@ -14,11 +14,13 @@ from agentserve.errors import ConfigError
 from agentserve.server import (
     agent_routes,
     anthropic_routes,
+    distances,
     info_routes,
     openai_routes,
     openapi,
     responses_routes,
     token_routes,
+    tool_memo,
 )
 from agentserve.server.middleware import add_headers, guard, handle_errors
 from agentserve.server.state import STATE, ServerOptions, ServerState
@@ -51,6 +53,10 @@ def create_app(state: ServerState) -> web.Application:
     router.add_get("/agentserve/sessions", agent_routes.sessions)
     router.add_get("/agentserve/agents", agent_routes.agents)
     router.add_get("/agentserve/cache/explain", agent_routes.explain)
+    router.add_post("/agentserve/distances", distances.distances)
+    app[tool_memo.MEMO] = tool_memo.ToolMemo()
+    router.add_put("/agentserve/tools/memo", tool_memo.put_memo)
+    router.add_get("/agentserve/tools/memo", tool_memo.get_memo)
     router.add_get("/openapi.json", openapi.openapi)
     router.add_get("/", info_routes.root)
     router.add_get("/health", info_routes.health)

@@ -277,6 +277,7 @@ class GenerationService:
                 request_id=f"{request_id}-{index}",
                 agent_id=request.identity.agent_id,
                 session_id=request.identity.session_id,
+                distance=request.identity.distance,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
                 adapter=request.adapter,

@@ -6,13 +6,16 @@ An API key is never used: all agents of a machine may share one.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from agentserve.errors import InvalidRequestError
 from agentserve.server.types import Identity
 
 _MAX_LENGTH = 256
+_DISTANCE_HEADER = "X-Agent-Distance"
 _SESSION_IN_USER_ID = re.compile(r"session_([0-9A-Za-z-]{8,})$")
 _EARLY_HEADERS = ("X-Claude-Code-Session-Id",)
 # `X-Client-Request-Id` comes last of the headers: some clients change it with every request.
@@ -20,7 +23,10 @@ _LATE_HEADERS = ("Session-Id", "Session_id", "X-Session-ID", "X-Session-Affinity
 
 
 def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
-    """Reads session and agent from the headers (case-insensitive mapping) and the body; None where nothing is said."""
+    """Reads session and agent from the headers (case-insensitive mapping) and the body; None where nothing is said.
+
+    Raises InvalidRequestError for a distance that is no number.
+    """
     user_id = _user_id(body)
     session_id = (
         _first(headers, _EARLY_HEADERS)
@@ -30,7 +36,27 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
         or _clean(user_id)
         or _first(body, ("user",))
     )
-    return Identity(session_id=session_id, agent_id=_first(headers, ("X-Agent-Id",)) or _first(body, ("agent_id",)))
+    return Identity(
+        session_id=session_id,
+        agent_id=_first(headers, ("X-Agent-Id",)) or _first(body, ("agent_id",)),
+        distance=_distance(headers),
+    )
+
+
+def _distance(headers: Mapping[str, str]) -> float | None:
+    """What a call says about the distance of its agent's next one. Raises InvalidRequestError for no such number."""
+    text: Any = headers.get(_DISTANCE_HEADER)
+    if text is None:
+        return None
+    try:
+        distance = float(text)
+    except ValueError:
+        distance = math.nan
+    if not math.isfinite(distance) or distance < 0:
+        raise InvalidRequestError(
+            f"{_DISTANCE_HEADER}: expected a finite number from 0 on, not {text[:32]!r}", param=_DISTANCE_HEADER.lower()
+        )
+    return distance
 
 
 def _user_id(body: Mapping[str, Any]) -> str | None:

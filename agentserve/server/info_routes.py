@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -32,6 +33,8 @@ async def health(request: web.Request) -> web.Response:
         "note": "; ".join(options.notes) or None,
         "version": __version__,
     }
+    if tiers := state.client.stats().tiers:
+        reply["kv_tiers"] = [dataclasses.asdict(tier) for tier in tiers]
     if failure is not None:
         reply["error"] = {"code": 503, "message": failure, "type": "unavailable_error"}
     return web.json_response(reply, status=200 if failure is None else 503)

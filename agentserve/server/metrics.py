@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,10 +12,11 @@ from prometheus_client.registry import Collector
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import Decision
 from agentserve.core.events import RequestStats
-from agentserve.core.stats import EngineStats
+from agentserve.core.stats import EngineStats, TierStats
 from agentserve.server.token_history import TokenHistory
 
 PREFIX = "agentserve:"
+_Family: TypeAlias = type[CounterMetricFamily] | type[GaugeMetricFamily]
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -133,7 +135,7 @@ class _HistoryCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._history.stats()
-        values: tuple[tuple[type[CounterMetricFamily] | type[GaugeMetricFamily], str, str, int], ...] = (
+        values: tuple[tuple[_Family, str, str, int], ...] = (
             (GaugeMetricFamily, "bytes", "Bytes of answers kept as token ids.", stats.num_bytes),
             (GaugeMetricFamily, "turns", "Answers kept as token ids.", stats.num_turns),
             (CounterMetricFamily, "stored_turns", "Answers stored.", stats.num_stored_turns),
@@ -172,8 +174,15 @@ class _EngineCollector(Collector):
         cached = CounterMetricFamily(
             PREFIX + "cached_tokens", "Prompt tokens that were not computed.", labels=["model_name", "cache_source"]
         )
-        cached.add_metric([self._model_name, "device"], stats.num_prefix_hit_tokens)
+        num_loaded = sum(tier.num_hit_tokens for tier in stats.tiers)
+        # What was loaded for a request that was cancelled meanwhile never counted as found.
+        num_on_device = max(0, stats.num_prefix_hit_tokens - num_loaded)
+        cached.add_metric([self._model_name, "device"], num_on_device)
+        for tier in stats.tiers:
+            cached.add_metric([self._model_name, tier.tier], tier.num_hit_tokens)
         yield cached
+        if stats.tiers:
+            yield from self._tiers(stats.tiers)
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_generated_tokens)
         yield self._counter("num_preemptions", "Requests whose KV blocks were taken.", stats.num_preemptions)
         yield self._counter("num_evicted_blocks", "Cached KV blocks that were evicted.", stats.num_evicted_blocks)
@@ -181,6 +190,21 @@ class _EngineCollector(Collector):
         yield self._counter("num_batches_decode", "Batches of the decode lane.", stats.num_batches_decode)
         if stats.decision is not None:
             yield from self._decision(stats.decision)
+
+    def _tiers(self, tiers: Sequence[TierStats]) -> Iterator[Metric]:
+        families: tuple[tuple[_Family, str, str, Callable[[TierStats], int]], ...] = (
+            (GaugeMetricFamily, "blocks", "KV blocks that the tier has room for.", lambda t: t.num_blocks),
+            (GaugeMetricFamily, "used_blocks", "KV blocks in the tier.", lambda t: t.num_used_blocks),
+            (CounterMetricFamily, "stored_bytes", "KV copied into the tier.", lambda t: t.stored_bytes),
+            (CounterMetricFamily, "loaded_bytes", "KV copied from the tier to the device.", lambda t: t.loaded_bytes),
+            (CounterMetricFamily, "dropped_blocks", "KV blocks not taken in.", lambda t: t.num_dropped_blocks),
+            (CounterMetricFamily, "failed_transfers", "Copies that failed.", lambda t: t.num_failed_transfers),
+        )
+        for family, name, text, value in families:
+            metric = family(f"{PREFIX}kv_tier_{name}", text, labels=["model_name", "tier"])
+            for tier in tiers:
+                metric.add_metric([self._model_name, tier.tier], value(tier))
+            yield metric
 
     def _decision(self, decision: Decision) -> Iterator[Metric]:
         partition = GaugeMetricFamily(

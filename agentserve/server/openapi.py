@@ -12,9 +12,11 @@ from pydantic.json_schema import models_json_schema
 
 from agentserve import __version__
 from agentserve.server.anthropic_schema import CountTokensBody, MessagesBody
+from agentserve.server.distances import DistancesBody
 from agentserve.server.openai_schema import ChatBody, CompletionBody
 from agentserve.server.responses_schema import InputTokensBody, ResponsesBody
 from agentserve.server.token_routes import DetokenizeBody, TokenizeBody
+from agentserve.server.tool_memo import MemoBody
 
 _REF = "#/components/schemas/{model}"
 _ANY_OBJECT = {"type": "object"}
@@ -71,6 +73,15 @@ _OTHERS = (
         required=("reason",),
         query=("request",),
     ),
+    _Operation(
+        "post",
+        "/agentserve/distances",
+        "How far agents are from their next calls",
+        DistancesBody,
+        required=("num_agents",),
+    ),
+    _Operation("put", "/agentserve/tools/memo", "Keep a tool's result", MemoBody, required=("num_entries",)),
+    _Operation("get", "/agentserve/tools/memo", "A tool's result that was kept", required=("result",), query=("tool",)),
     _Operation("get", "/openapi.json", "This document", required=("openapi",)),
 )
 

@@ -51,6 +51,8 @@ class ServerOptions:
     accept_any_model: bool = False
     claude_alias: bool = True
     """Whether every name that starts with `claude` means the served model."""
+    uses_distances: bool = False
+    """Whether the policy has a use for invocation distances."""
     max_num_seqs: int = 1
     """Requests that run at once."""
     max_body_bytes: int = 32 << 20

@@ -21,6 +21,8 @@ class Identity:
 
     session_id: str | None = None
     agent_id: str | None = None
+    distance: float | None = None
+    """How far the agent's next call is once this one has ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from agentserve.config import (
     non_negative_int,
     positive_float,
     positive_int,
+    simulatable,
     size_bytes,
 )
 from agentserve.errors import ConfigError
@@ -100,15 +101,21 @@ class Cell:
         positive_float, "engine", "target time between tokens (default: twice that of a stream alone)"
     )
     policy: str | None = _option(
-        choice(*RETENTION_POLICIES), "policies", "what stays in the cache (default: lru); belady knows the future"
+        simulatable(RETENTION_POLICIES), "policies", "what stays in the cache (default: lru); belady knows the future"
     )
     order: str | None = _option(
-        choice(*ORDER_POLICIES),
+        simulatable(ORDER_POLICIES),
         "policies",
         "which call goes first (default: by arrival, and the shortest prompt); srpt knows the future",
     )
+    prefetch_distance: float | None = _option(
+        non_negative_float, "policies", "invocation_distance: agents nearer than this are loaded early (default: 2)"
+    )
     protect_anchors: bool | None = _option(
         boolean, "policies", "keep what several sessions use longer (default: true for all policies but lru)"
+    )
+    prediction: bool | None = _option(
+        boolean, "policies", "transition: rate memory by which agent is likely to come next (default: true)"
     )
     max_num_seqs: int | None = _option(positive_int, "engine", "requests that run at once (default: 16)")
     max_num_batched_tokens: int | None = _option(positive_int, "engine", "tokens in one batch at most (default: 2048)")
@@ -129,6 +136,8 @@ _NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "overload": ("router", "session_affinity"),
         "overload_calls": ("router", "session_affinity"),
         "link_gb_per_s": ("overload", "move"),
+        "prefetch_distance": ("policy", "invocation_distance"),
+        "prediction": ("policy", "transition"),
     }
 )
 """Options that mean something only beside a value of another one."""

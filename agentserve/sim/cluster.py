@@ -30,11 +30,11 @@ from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import VirtualClock
 from agentserve.core.decode_run import PredictableExecutor
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import RequestFinished, SubmitRequest
+from agentserve.core.events import Command, RequestFinished, SetDistances, SubmitRequest
 from agentserve.core.executor import Executor
 from agentserve.core.memory.manager import AllocationOutcome, MemoryManager, PrefixLock
 from agentserve.errors import ConfigError, EngineError
-from agentserve.runtime.virtual import run_decodes
+from agentserve.runtime.virtual import MIN_RUN, run_decodes
 from agentserve.sim.residency import occupancy_of
 from agentserve.sim.router import Loads, Reason, Router
 
@@ -119,15 +119,23 @@ class Cluster:
         self.clock = VirtualClock()
         self.counts = RoutingCounts()
         self._instances = tuple(instances)
+        # To ask for a protocol takes long.
+        self._predictable = tuple(
+            [i.executor if isinstance(i.executor, PredictableExecutor) else None for i in self._instances]
+        )
         self._router = router
         self._link = link
         self._loads = Loads(len(instances))
         self._placed: dict[str, tuple[int, int]] = {}  # request under way: its instance and its prompt tokens
         self._link_free_ns = [0] * len(instances)
-        self._due: list[tuple[int, int, SubmitRequest | _Transfer]] = []
+        self._due: list[tuple[int, int, SubmitRequest | SetDistances | _Transfer]] = []
         self._sequence = itertools.count()
         self._wakes: list[tuple[int, int]] = []  # outdated entries stay until they are met
         self._wake_of: list[int | None] = [None] * len(instances)
+        self._is_ahead = [False] * len(instances)
+        """Whether the instance is to be looked at behind more than one step, all of them certain."""
+        self._seen_ns = [0] * len(instances)
+        """When it was looked at last."""
         self._made: list[InstanceStep] = []
         """Steps of this moment so far."""
         self._touched: set[int] = set()
@@ -138,8 +146,11 @@ class Cluster:
         """The control planes, by instance."""
         return tuple(instance.core for instance in self._instances)
 
-    def at(self, at_ns: int, command: SubmitRequest) -> None:
-        """Schedules a call; it is routed then. Calls of the same time keep their order. ValueError for the past."""
+    def at(self, at_ns: int, command: SubmitRequest | SetDistances) -> None:
+        """Schedules a call, which is routed then, or distances, which all instances are told.
+
+        Commands of the same time keep their order. ValueError for the past.
+        """
         if at_ns < self.clock.now_ns():
             raise ValueError(f"{at_ns} lies in the past")
         heapq.heappush(self._due, (at_ns, next(self._sequence), command))
@@ -209,7 +220,7 @@ class Cluster:
         if wake_ns is not None:
             heapq.heappush(self._wakes, (wake_ns, index))
 
-    def _step(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> None:
+    def _step(self, index: int, now_ns: int, commands: Sequence[Command]) -> None:
         core, executor = self._instances[index]
         completions = executor.poll(now_ns)
         result = core.step(now_ns, completions, commands)
@@ -231,13 +242,16 @@ class Cluster:
     def _run_alone(self, index: int, now_ns: int) -> None:
         """Steps of an instance up to the next moment at which any other one, or a call, can matter to it."""
         others = [wake for wake in (self._next_wake_ns(), self._due[0][0] if self._due else None) if wake is not None]
-        self._run(index, min(others, default=None))
+        before_ns = min(others, default=None)
+        # Not worth a try if somebody else comes long before a step as long as the last one is over.
+        if before_ns is None or self._is_ahead[index] or 2 * (before_ns - now_ns) >= now_ns - self._seen_ns[index]:
+            self._run(index, before_ns)
         # What is left until now may end a call, after which others can come at once: so nothing beyond that.
         self._catch_up(index, now_ns + 1)
         self.clock.advance_to(max([now_ns, *[step.now_ns for step in self._made]]))
         self._plan(index)
 
-    def _run_to(self, index: int, now_ns: int, commands: Sequence[SubmitRequest]) -> None:
+    def _run_to(self, index: int, now_ns: int, commands: Sequence[Command]) -> None:
         """Steps of an instance up to now, and one for the calls that arrive."""
         self._catch_up(index, now_ns if commands else now_ns + 1)
         if commands:
@@ -246,27 +260,28 @@ class Cluster:
 
     def _plan(self, index: int) -> None:
         """When an instance is to be looked at again."""
-        wake_ns = self._due_ns(index)
-        if wake_ns is not None:
-            core, executor = self._instances[index]
-            plan = core.decode_plan()
-            if plan is not None and plan.is_settled and isinstance(executor, PredictableExecutor):
+        wake_ns, is_ahead, executor = self._due_ns(index), False, self._predictable[index]
+        if wake_ns is not None and executor is not None:
+            core = self._instances[index].core
+            plan = core.decode_plan(settled=True)
+            if plan is not None and plan.num_steps >= MIN_RUN:
                 _, ends_ns = executor.decode_ends(plan, core.next_deadline_ns())
-                wake_ns = ends_ns[-1] if ends_ns else wake_ns
+                if len(ends_ns) >= MIN_RUN:
+                    wake_ns, is_ahead = ends_ns[-1], True
+        self._is_ahead[index] = is_ahead
+        self._seen_ns[index] = self.clock.now_ns()
         self._wake_at(index, wake_ns)
 
     def _catch_up(self, index: int, before_ns: int) -> None:
         """Makes the steps of an instance before a moment; nothing can come to it before that."""
         while (due_ns := self._due_ns(index)) is not None and due_ns < before_ns:
-            if not self._run(index, before_ns):
+            if not (self._is_ahead[index] and self._run(index, before_ns)):
                 self._step(index, due_ns, ())
 
     def _run(self, index: int, before_ns: int | None) -> bool:
         """Books a run of decode steps that end before a moment; False if there is none that is worth it."""
-        core, executor = self._instances[index]
-        if not isinstance(executor, PredictableExecutor):
-            return False
-        result = run_decodes(core, executor, before_ns)
+        core, executor = self._instances[index].core, self._predictable[index]
+        result = None if executor is None else run_decodes(core, executor, before_ns)
         if result is None or result.run is None:
             return False
         self._made.append(InstanceStep(index, result.run.ends_ns[-1], (), result, occupancy_of(core.memory)))
@@ -274,14 +289,18 @@ class Cluster:
 
     # ---- calls and their ways ----
 
-    def _deliver(self, now_ns: int) -> dict[int, list[SubmitRequest]]:
+    def _deliver(self, now_ns: int) -> dict[int, list[Command]]:
         """The calls that arrive at each instance by now."""
-        commands: dict[int, list[SubmitRequest]] = {}
+        commands: dict[int, list[Command]] = {}
         while self._due and self._due[0][0] <= now_ns:
             item = heapq.heappop(self._due)[2]
             if isinstance(item, _Transfer):
                 self._arrived(item)
                 commands.setdefault(item.target, []).append(item.command)
+                continue
+            if isinstance(item, SetDistances):
+                for index in range(len(self._instances)):
+                    commands.setdefault(index, []).append(item)
                 continue
             target = self._route(item, now_ns)
             if target is not None:

@@ -17,10 +17,14 @@ from agentserve.core.stats import EngineStats
 _EVICTS = ("evictions_unlike_lru", "nothing was evicted that lru would have kept")
 _HOLDS = ("admissions_held_back", "its pins held nobody back")
 _REORDERS = ("reorders", "no call came before one that had arrived earlier")
+_ANY = (_EVICTS, _HOLDS, _REORDERS)
+"""What a plug-in may do."""
 
 MEANS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
     {
         "lru": (_EVICTS,),
+        "anchor": (_EVICTS,),
+        "transition": (_EVICTS,),
         "evict_always": (("blocks_dropped", "no session had anything to drop"),),
         "ttl": (_EVICTS, _HOLDS),
         "continuum": (_EVICTS, _HOLDS, _REORDERS),
@@ -65,7 +69,8 @@ def mechanism_check(config: EngineConfig, stats: Sequence[EngineStats]) -> Mecha
     named += [config.order] if config.order not in ("default", "fcfs") else []
     reasons = [f"{name} raised {error}, and the built-in took its place" for name, error in failures.items()]
     for name in named:
-        if name not in failures and not any(counts[counter] for counter, _ in MEANS[name]):
-            reasons.append(f"{name} never fired: " + ", and ".join(sentence for _, sentence in MEANS[name]))
+        means = MEANS.get(name, _ANY)
+        if name not in failures and not any(counts[counter] for counter, _ in means):
+            reasons.append(f"{name} never fired: " + ", and ".join(sentence for _, sentence in means))
     used = {name: count for name, count in sorted(counts.items()) if count}
     return Mechanism(config.policy, config.order, used, "; ".join(reasons) or None)

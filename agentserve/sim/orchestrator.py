@@ -16,7 +16,7 @@ from random import Random
 
 from agentserve.core.clock import VirtualClock
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Foresight, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.events import Foresight, RequestFinished, SetDistances, SubmitRequest, TokenGenerated
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.runtime.virtual import VirtualDriver
@@ -84,7 +84,7 @@ class _Alone:
     def cores(self) -> tuple[EngineCore, ...]:
         return (self._driver.core,)
 
-    def at(self, at_ns: int, command: SubmitRequest) -> None:
+    def at(self, at_ns: int, command: SubmitRequest | SetDistances) -> None:
         self._driver.at(at_ns, command)
 
     def step(self) -> Sequence[InstanceStep] | None:
@@ -150,6 +150,7 @@ class _Orchestrator:
         self._start_ns = engines.clock.now_ns()
         self._tells_future = any(core.config.needs_foresight for core in engines.cores)
         self._sessions: dict[str, _Session] = {}  # by the id of the request under way
+        self._programs = {program.program_id: program for program in workload.programs} if workload.steps else {}
         self._num_missing = [len(program.depends_on) for program in workload.programs]
         self._earliest_ns = [self._start_ns] * len(workload.programs)  # for the gaps behind what they depend on
         self._dependents: dict[str, list[tuple[int, int]]] = {}  # which program, and how long after the end
@@ -166,11 +167,17 @@ class _Orchestrator:
         self._records: list[TurnRecord] = []
         self._instances: list[int] = []
         self._spans = tuple(SpanKeeper(index, max_batches) for index in range(len(engines.cores)))
+        self._parked: dict[str, _Session] = {}  # between two turns of a world
+        self._next_step = 0
         self._max_batches = max_batches
         self._meters = tuple(ResidencyMeter(core.memory) for core in engines.cores)
 
     def run(self) -> SimulatedRun:
-        self._start_ready(self._start_ns)
+        if self._workload.steps:
+            self._num_missing = []
+            self._begin_step(self._start_ns)
+        else:
+            self._start_ready(self._start_ns)
         self._post_calls()
         while (steps := self._advance()) is not None:
             for step in steps:
@@ -208,6 +215,24 @@ class _Orchestrator:
                 self._instances.append(step.instance)
                 self._turn_done(self._sessions.pop(event.request_id), event)
         meter.sample(step.now_ns - self._start_ns, step.occupancy)
+
+    # ---- worlds ----
+
+    def _begin_step(self, now_ns: int) -> None:
+        """The next step of the world: its calls, and what the framework says of the steps after it."""
+        step = self._workload.steps[self._next_step]
+        self._next_step += 1
+        for program_id in step.calls:
+            session = self._parked.pop(program_id, None)
+            self._send(self._started(self._programs[program_id]) if session is None else session, now_ns)
+        if step.distances:
+            self._engines.at(now_ns, SetDistances(step.distances))
+
+    def _step_done(self, now_ns: int) -> None:
+        """The last call of a step has ended."""
+        if self._next_step < len(self._workload.steps):
+            gap_ms = self._workload.steps[self._next_step - 1].gap_ms
+            self._begin_step(now_ns + round(gap_ms * _NS_PER_MS))
 
     # ---- programs ----
 
@@ -271,8 +296,9 @@ class _Orchestrator:
                 tuple(session.history),
                 # Greedy and without stop tokens: every output has the length that the workload says.
                 SamplingParams(max_tokens=turn.output_tokens, temperature=0.0, seed=seed),
-                agent_id=program.program_id,
-                session_id=program.program_id,
+                agent_id=turn.agent or program.program_id,
+                session_id=program.program_id if turn.agent is None else f"{program.program_id}/{turn.agent}",
+                program_id=None if turn.agent is None else program.program_id,
                 adapter=program.adapter,
                 tool_name=turn.tool_name,
                 is_last_turn=session.turn_index + 1 == len(program.turns),
@@ -316,7 +342,12 @@ class _Orchestrator:
         )
         self._on_turn()
         session.turn_index += 1
-        if error is None and session.turn_index < len(program.turns):
+        if self._workload.steps:
+            if session.turn_index < len(program.turns):
+                self._parked[program.program_id] = session
+            if not self._sessions:
+                self._step_done(event.at_ns)
+        elif error is None and session.turn_index < len(program.turns):
             arrival_ns = self._arrival_ns(program.turns[session.turn_index])
             self._call_at(max(event.at_ns + round(turn.tool_gap_ms * _NS_PER_MS), arrival_ns), session)
         else:

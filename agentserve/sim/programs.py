@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ class Turn:
     are equal tokens in all programs, different ids differ. Empty: tokens that nobody else has."""
     arrival_ms: float | None = None
     """Open loop, not in the first turn: the turn does not start before this time from the start of the run."""
+    agent: str | None = None
+    """Which agent of the program makes the call, if it has several: each has a history of its own."""
 
     def __post_init__(self) -> None:
         _check_int("append_tokens", self.append_tokens, 1)
@@ -62,11 +65,13 @@ class Turn:
                 raise WorkloadError(f"block_ids: expected whole numbers from 0 to {MAX_BLOCK_ID}, not {block_id!r}")
         if self.arrival_ms is not None:
             _check_duration("arrival_ms", self.arrival_ms)
+        if self.agent is not None:
+            _check_name("agent", self.agent)
 
     @property
     def is_linear(self) -> bool:
         """Whether it only appends to the conversation before it, at once or after the gap, with tokens of its own."""
-        return self.keep_tokens is None and not self.block_ids and self.arrival_ms is None
+        return self.keep_tokens is None and not self.block_ids and self.arrival_ms is None and self.agent is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,10 +186,23 @@ class Program:
 
 
 @dataclass(frozen=True, slots=True)
+class WorldStep:
+    """A step of an agent simulation: it begins when all calls of the step before it have ended, and its gap is over."""
+
+    calls: tuple[str, ...]
+    """Programs that make their next turn at once."""
+    distances: tuple[tuple[str, float], ...] = ()
+    """What the framework says once these calls are made: steps from this one to the next turns of programs."""
+    gap_ms: float = 0.0
+    """From the end of the step's last call to the next step: the world moves on without the model."""
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """Programs and how they are to be run.
 
-    Raises WorkloadError for ids that occur twice, unknown or circular dependencies, and arrivals in a closed loop.
+    Raises WorkloadError for ids that occur twice, unknown or circular dependencies, arrivals in a closed loop, and
+    steps that do not make each turn once.
     """
 
     name: str
@@ -198,8 +216,14 @@ class Workload:
     description: str = ""
     notes: tuple[str, ...] = ()
     """What the file that it was read from says, but this does not: for a person who reads results."""
+    steps: tuple[WorldStep, ...] = ()
+    """If there are any, they alone say when turns are made: not agents, arrivals, dependencies or gaps of tools."""
 
     def __post_init__(self) -> None:
+        if self.steps:
+            calls = Counter(program_id for step in self.steps for program_id in step.calls)
+            if calls != {program.program_id: len(program.turns) for program in self.programs}:
+                raise WorkloadError(f"workload {self.name}: expected each turn in one step")
         if not self.programs:
             raise WorkloadError(f"workload {self.name}: expected at least one program")
         if self.num_agents is not None:

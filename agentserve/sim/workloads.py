@@ -14,7 +14,9 @@ from random import Random
 from types import MappingProxyType
 
 from agentserve.errors import WorkloadError
+from agentserve.sim.multi_agent import ROUTINGS, make_tasks
 from agentserve.sim.programs import Program, Turn, Workload
+from agentserve.sim.worlds import NUM_STEPS, WORLDS, make_world
 
 DEFAULT_NUM_PROGRAMS = 12
 TOOL_GAP_MS = 200.0
@@ -170,6 +172,10 @@ def _fanout(request: _Request) -> tuple[Program, ...]:
     return tuple(programs)
 
 
+def _multi_agent(name: str) -> Callable[[_Request], tuple[Program, ...]]:
+    return lambda request: make_tasks(name, request.num_programs, request.scale, request.seed)
+
+
 _MAKERS: Mapping[str, Callable[[_Request], tuple[Program, ...]]] = MappingProxyType(
     {
         "react": _table_one(_REACT_RESUME, _REACT_OUTPUT),
@@ -177,6 +183,7 @@ _MAKERS: Mapping[str, Callable[[_Request], tuple[Program, ...]]] = MappingProxyT
         "coding_agent": _coding_agent,
         "victim_attacker": _victim_attacker,
         "fanout": _fanout,
+        **{name: _multi_agent(name) for name in ROUTINGS},
     }
 )
 
@@ -187,6 +194,14 @@ WORKLOADS: Mapping[str, str] = MappingProxyType(
         "coding_agent": "about 38 turns on a shared system prompt of 8k tokens, tool times as on SWE-bench",
         "victim_attacker": "one steady stream, beside it clients that send cold prompts of about 1,000 tokens",
         "fanout": "a parent with a long prefix, then as many sub-agents on the same prefix as there are agents",
+        "independent": "agents of a simulation, each with a LoRA adapter, that call after actions of 2 to 8 steps",
+        "interaction": "the same in a town, where agents that meet talk to each other before their actions end",
+        "diffusion": "the same with news that spread over a social network, hop by hop",
+        "supervisor": "tasks of six agents: a supervisor hands work to workers and reads what came of it",
+        "pipeline": "tasks of six agents, one after the other, two or three times",
+        "debate": "tasks of six agents: five speak in turn, a judge closes each round",
+        "selector": "tasks of six agents: who speaks next depends on who spoke last",
+        "random_routing": "tasks of six agents in random order",
     }
 )
 """Names of the workloads and a line about each."""
@@ -212,29 +227,35 @@ def make_workload(
         scale: factor on all prompt lengths, for small models; outputs keep their lengths.
         seed: of the lengths and of the prompts.
         rate: programs a second, arriving as a Poisson process, instead of the closed loop. Not for `victim_attacker`,
-            whose times are fixed, and not for `fanout`, whose sub-agents follow their parents.
+            whose times are fixed, nor for `fanout` and agent simulations, whose calls follow each other.
 
     Raises WorkloadError for an unknown name and for values out of range.
     """
-    if name not in _MAKERS:
-        raise WorkloadError(f"there is no workload {name!r}; there are {', '.join(_MAKERS)}")
+    if name not in WORKLOADS:
+        raise WorkloadError(f"there is no workload {name!r}; there are {', '.join(WORKLOADS)}")
     if num_agents < 1:
         raise WorkloadError(f"num_agents: expected at least 1, not {num_agents}")
     if num_programs is not None and num_programs < 1:
         raise WorkloadError(f"num_programs: expected at least 1, not {num_programs}")
     if not (math.isfinite(scale) and scale > 0.0):
         raise WorkloadError(f"scale: expected a positive number, not {scale}")
-    if rate is not None and name in {"victim_attacker", "fanout"}:
+    if rate is not None and name in {"victim_attacker", "fanout", *WORLDS}:
         raise WorkloadError(f"rate: {name} has no arrivals of its own; leave the rate out")
     if rate is not None and not (math.isfinite(rate) and rate > 0.0):
         raise WorkloadError(f"rate: expected programs a second, more than 0, not {rate}")
+    description = WORKLOADS[name] + (f"; prompt lengths times {scale:g}" if scale != 1.0 else "")
+    if name in WORLDS:
+        if num_programs is not None:
+            raise WorkloadError(f"num_programs: {name} has one program for each agent; leave the number out")
+        scaled = _Request(num_agents, num_agents, scale, seed).scaled
+        programs, steps = make_world(name, num_agents, NUM_STEPS, scaled, seed)
+        return Workload(name, programs, None, seed, description, steps=steps)
     if num_programs is None:
         num_programs = _default_num_programs(name, num_agents)
     programs = _MAKERS[name](_Request(num_agents, num_programs, scale, seed))
     if rate is not None:
         programs = _with_arrivals(programs, rate, seed)
     is_open = rate is not None or name == "victim_attacker"
-    description = WORKLOADS[name] + (f"; prompt lengths times {scale:g}" if scale != 1.0 else "")
     return Workload(name, programs, None if is_open else num_agents, seed, description)
 
 

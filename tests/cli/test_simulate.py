@@ -287,12 +287,19 @@ def test_every_option_has_an_effect() -> None:
         "scheduler": "chunked", "controller": "reactive", "slots": "stream", "tpot_target_ms": "9", "max_num_seqs": "4",
         "max_num_batched_tokens": "512", "prefill_chunk": "64", "kv_offloading_size": "8", "cxl_size": "4",
         "host_link_gb_per_s": "9", "cxl_link_gb_per_s": "9", "kv_write_back": "on_evict",
-        "policy": "evict_always", "order": "plas", "protect_anchors": "true",
+        "policy": "evict_always", "order": "plas", "protect_anchors": "true", "prefetch_distance": "3",
+        "prediction": "false", "max_loras": "2", "lora_rank": "32",
     }  # fmt: skip
+    beside = {
+        "prefetch_distance": {"policy": "invocation_distance"},
+        "prediction": {"policy": "transition"},
+        "max_loras": {"workload": "independent"},
+        "lora_rank": {"workload": "independent"},
+    }
     assert set(others) | {"format"} == set(Cell.__dataclass_fields__)
-    (plain,) = make_plans(expand(base))
     for name, text in others.items():
-        values = {**base, name: text}
+        (plain,) = make_plans(expand({**base, **beside.get(name, {})}))
+        values = {**base, **beside.get(name, {}), name: text}
         if name == "router":
             del values["overload"]
         if name == "scheduler":

@@ -13,10 +13,10 @@ from tests.core import builders as core_builders
 from tests.executors.builders import torch_harness
 
 
-def simulated(*, token_masks: TokenMasks | None = None) -> Harness:
+def simulated(*, token_masks: TokenMasks | None = None, **values: Any) -> Harness:
     """The simulated executor on a virtual clock."""
     constrained = None if token_masks is None else ConstrainedTokens(token_masks, ())
-    return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE, constrained=constrained), VirtualClock())
+    return Harness(core_builders.simulated(NUM_BLOCKS, BLOCK_SIZE, constrained=constrained, **values), VirtualClock())
 
 
 def torch_cpu(**values: Any) -> Harness:

@@ -6,6 +6,7 @@ has 4 tokens and 4,000 bytes.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from agentserve.core.batch import Batch, BatchOutput
 from agentserve.core.decision_log import describe
 from agentserve.core.events import EndRequest, RequestAdmitted, RequestFinished
 from agentserve.core.executor import Tier, require_tiers
-from agentserve.core.transfers import Transfer, TransferOutput
+from agentserve.core.memory.tiers import child_id, root_id
+from agentserve.core.transfers import StoredBlock, TierContents, Transfer, TransferOutput
 from agentserve.errors import ConfigError
+from agentserve.runtime.recording import Header, Recorder, Recording
 from agentserve.runtime.virtual import VirtualDriver
 from tests.core.builders import MS, config, simulated, submit, virtual
 
@@ -210,3 +213,62 @@ def test_tiers_need_prefix_caching() -> None:
     with pytest.raises(ConfigError, match="need prefix caching"):
         config(tiering=tiers(4), enable_prefix_caching=False)
     assert isinstance(config(tiering=tiers(4)), EngineConfig)
+
+
+def stored(prompt: tuple[int, ...], num_blocks: int) -> TierContents:
+    """The first blocks of a prompt, in slots from 3 on."""
+    blocks, parent = [], root_id(None)
+    for index in range(num_blocks):
+        own = child_id(parent, prompt[4 * index : 4 * index + 4])
+        blocks.append(StoredBlock(3 + index, own, parent))
+        parent = own
+    return TierContents(Tier.HOST, tuple(blocks))
+
+
+def test_what_a_tier_held_before_is_loaded() -> None:
+    driver = virtual(num_blocks=22, max_model_len=88, tiering=tiers(16))
+    prompt = tuple(range(40))
+    driver.core.step(0, [stored(prompt, 7)], [])
+    driver.core.check_invariants()
+    driver.at(0, submit("a", prompt, max_tokens=1))
+    driver.at(300 * MS, submit("b", 60, max_tokens=1))
+    end = ends(driver)["a"]
+    assert end.stats.num_cached_tokens == 28
+    (host,) = driver.core.stats().tiers
+    # Three blocks of `a` are new to the tier. The 15 full ones of `b` need more than the 6 slots that are left, and
+    # what was there before goes first: but nothing goes of `a`, which is in use by then or was used later.
+    assert host.num_hit_tokens == 28
+    assert host.num_used_blocks == 16
+
+
+def test_what_was_there_before_leaves_before_anything_else() -> None:
+    driver = virtual(num_blocks=22, max_model_len=88, tiering=tiers(9))
+    driver.core.step(0, [stored(tuple(range(100, 128)), 6)], [])
+    driver.at(0, submit("a", 36, max_tokens=1))
+    ends(driver)
+    driver.core.check_invariants()
+    (host,) = driver.core.stats().tiers
+    assert (host.num_used_blocks, host.stored_bytes) == (9, 9 * 4000)
+
+
+def test_transfers_say_what_they_move() -> None:
+    driver = returning(tiers(64))
+    transfers: list[Transfer] = []
+    while (result := driver.step()) is not None:
+        transfers += [transfer for transfer in result.transfers if isinstance(transfer, Transfer)]
+    store, load = transfers[0], transfers[2]
+    expected = stored(tuple(range(40)), 10).blocks
+    assert store.content_ids == tuple(block.content_id for block in expected)
+    assert store.parent_ids == tuple(block.parent_id for block in expected)
+    assert load.content_ids == store.content_ids[:9]
+
+
+def test_what_a_tier_held_is_in_the_recording(tmp_path: Path) -> None:
+    driver = virtual(num_blocks=22, max_model_len=88, tiering=tiers(16))
+    contents = stored(tuple(range(40)), 2)
+    header = Header(driver.core.config, 16, 1, 1, "m", "simulated")
+    recorder = Recorder(tmp_path / "log", header)
+    recorder.write(0, [contents], [], driver.core.step(0, [contents], []))
+    recorder.close()
+    (step,) = Recording(tmp_path / "log").steps()
+    assert step.completions == (contents,)

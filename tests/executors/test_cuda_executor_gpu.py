@@ -39,9 +39,12 @@ PROMPTS = {
 }
 BLOCKS = {name: tuple(range(8 * i, 8 * i + 8)) for i, name in enumerate(PROMPTS)}
 FILLER, FILLER_BLOCKS = [(3 * i) % 150 for i in range(96)], tuple(range(40, 48))
-LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Root mean square of the difference of logits over that of the reference. These weights are eight times as large as
-usual, so that mistakes show; rounding shows, too."""
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+MAX_ERROR_FLOAT32 = 1e-4
+"""Root mean square of the difference of logits over that of the reference."""
+MAX_TIMES_TRANSFORMERS = 1.5
+"""In half precision the error may be so many times that of transformers in the same one: what these weights, eight
+times as large as usual so that mistakes show, make of rounding is theirs as much as ours."""
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -149,7 +152,7 @@ def test_greedy_tokens_in_float32_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_are_those_of_transformers(saved: tuple[Path, Any], place: str, dtype: torch.dtype) -> None:
     """Of a prompt, and of a chunk that resumes behind cached blocks, against float32 on weights rounded to `dtype`."""
     directory, reference = saved
@@ -174,5 +177,11 @@ def test_logits_are_those_of_transformers(saved: tuple[Path, Any], place: str, d
                     batch.close()
 
         device.slot(Lane.PREFILL, device.compute_units).run(work)
-    difference = torch.cat(found) - wanted
-    assert float(difference.square().mean().sqrt() / wanted.square().mean().sqrt()) < LIMITS[dtype]
+    limit = MAX_ERROR_FLOAT32
+    if dtype is not torch.float32:
+        limit = MAX_TIMES_TRANSFORMERS * relative_error(reference_logits(rounded.to(dtype), tokens).float(), wanted)
+    assert relative_error(torch.cat(found), wanted) < limit
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())

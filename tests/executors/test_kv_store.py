@@ -163,7 +163,7 @@ def test_a_prefix_of_a_long_conversation_does_not_take_its_mirror():
 def test_what_is_in_a_mirror_is_what_is_in_the_blocks(plan):
     """Requests that begin with whatever blocks, one after the other, some under a name that was used before."""
     kv = store(limit=3 * STEP_BYTES)
-    kv._pool.zero_()
+    kv.pages.zero_()
     for turn, (blocks, num_cached, wanted, name) in enumerate(plan):
         start = 4 * num_cached
         num_new = min(wanted, 20 - start)
@@ -171,7 +171,7 @@ def test_what_is_in_a_mirror_is_what_is_in_the_blocks(plan):
         (mirror,) = kv.open([part])
         for index in range(num_cached):
             kept = mirror.buffer[:, :, :, 4 * index : 4 * index + 4]
-            assert torch.equal(kept, kv._pool[blocks[index]])
+            assert torch.equal(kept, kv.pages[blocks[index]])
         kv.close([mirror])
         run(kv, [part], tokens(num_new) + 100 * turn, tokens(num_new) - 100 * turn)
         kv.forget([part.request_id])
@@ -230,3 +230,19 @@ def test_attention_equals_the_definition(plan, drop):
             starts[i] = c.end
         if drop:
             kv.forget([c.request_id for c in chunks])
+
+
+def test_a_mirror_ends_before_a_block_that_others_write():
+    """Both that of a request whose end was told and that of one whose end was not told yet."""
+    kv = store()
+    run(kv, [chunk("told", range(12), (0, 1, 2))], tokens(12), tokens(12))
+    run(kv, [chunk("untold", range(12), (3, 4, 5))], tokens(12), tokens(12))
+    kv.forget(["told"])
+    kv.overwritten([1, 5, 9])
+    kv.pages[1] = kv.pages[5] = -1.0
+    kv.forget(["untold"])
+    for name, blocks, first_written in (("a", (0, 1, 2), 4), ("b", (3, 4, 5), 8)):
+        found = contents(kv, name, (*blocks, 20), 12)[1, 0].transpose(0, 1)
+        expected = tokens(12)
+        expected[first_written : first_written + 4] = -1.0
+        assert torch.equal(found, expected)

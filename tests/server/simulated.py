@@ -48,6 +48,7 @@ async def serve(
     grammars = GrammarCompiler(tokenizer, output)
     executor = SimulatedExecutor(
         cost_model,
+        tiering=config.get("tiering"),
         num_blocks=core.config.num_blocks,
         block_size=BLOCK_SIZE,
         lora=core.config.lora,

@@ -95,10 +95,16 @@ async def test_bodies_that_fit_the_document_are_answered() -> None:
     loop = asyncio.get_running_loop()
     seen: dict[str, Counter[int]] = {}
     refusals: Counter[str] = Counter()
-    options = {"accept_any_model": True}
+    options = {"accept_any_model": True, "uses_distances": True}
     async with (
         simulated.serve(
-            1024, options=options, max_model_len=2048, num_blocks=2048, max_num_seqs=16, max_num_batched_tokens=512
+            1024,
+            options=options,
+            max_model_len=2048,
+            num_blocks=2048,
+            max_num_seqs=16,
+            max_num_batched_tokens=512,
+            policy="invocation_distance",
         ) as daemon,
         aiohttp.ClientSession() as session,
     ):

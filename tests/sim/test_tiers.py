@@ -78,7 +78,7 @@ def test_a_card_has_the_link_of_its_generation() -> None:
 
 
 def test_a_device_without_tiers_has_no_links() -> None:
-    links = SimulatedLinks(None)
+    links = SimulatedLinks(None, 4)
     assert links.tiers == (Tier.DEVICE,)
     assert links.next_completion_ns() is None
     assert links.poll(10**9) == []

@@ -8,13 +8,16 @@ from types import MappingProxyType
 
 from agentserve.config import EngineConfig
 from agentserve.core.agents.costs import ForwardCosts
+from agentserve.core.agents.policies.anchor import Anchor
 from agentserve.core.agents.policies.evict_always import EvictAlways
 from agentserve.core.agents.policies.fair_share import FairShare
+from agentserve.core.agents.policies.invocation_distance import InvocationDistance
 from agentserve.core.agents.policies.lfu_decay import LfuDecay
 from agentserve.core.agents.policies.min_waste import MinWaste
 from agentserve.core.agents.policies.oracles import Belady, ShortestRemainingProgram
 from agentserve.core.agents.policies.plas import Plas
 from agentserve.core.agents.policies.program_order import Fcfs, ProgramFcfs
+from agentserve.core.agents.policies.transition import Transition
 from agentserve.core.agents.policies.ttl import Continuum, Ttl
 from agentserve.core.agents.policy import Policy
 from agentserve.core.agents.registry import AgentRegistry
@@ -32,6 +35,10 @@ class PolicyContext:
     """None: there is no profile of the device."""
     swap_ns: Callable[[int], float] | None
     """Time for which so many tokens of KV are copied to the next tier and back. None: there is no tier."""
+    predicts: bool = True
+    """Whether a policy that can predict does."""
+    prefetch_distance: float = 2.0
+    """Agents that are nearer than this are loaded beforehand."""
 
     def known_costs(self) -> ForwardCosts:
         """Raises ConfigError if there are none."""
@@ -55,6 +62,9 @@ class AnchoredLru(Policy):
 POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
     {
         "lru": lambda _: AnchoredLru(),
+        "anchor": lambda _: Anchor(),
+        "transition": lambda context: Transition(predicts=context.predicts, prefetches=context.prefetch_distance > 0),
+        "invocation_distance": lambda context: InvocationDistance(context.prefetch_distance),
         "evict_always": lambda _: EvictAlways(),
         "ttl": lambda context: Ttl(context.registry, context.known_costs()),
         "continuum": lambda context: Continuum(context.registry, context.known_costs()),
@@ -100,7 +110,8 @@ def build_policies(
     def make(name: str) -> Policy:
         if name not in factories:
             raise ConfigError(f"there is no policy {name!r}; there are {', '.join(factories)}")
-        return factories[name](PolicyContext(name, registry, costs, None if tiering is None else swap_ns))
+        swap = None if tiering is None else swap_ns
+        return factories[name](PolicyContext(name, registry, costs, swap, config.prediction, config.prefetch_distance))
 
     retention = make(config.policy) if config.policy != "lru" or config.protects_anchors else None
     order = retention if config.policy == "continuum" else None

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
 from agentserve.core.agents.registry import Session
+from agentserve.core.events import SetDistances
 from agentserve.core.memory.eviction import Key, Rank, lru_key
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.request import FinishReason, Request
@@ -91,6 +92,27 @@ class RescoreAnchor:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """Loads what lower tiers have of a session's blocks, as soon as there is room: the smallest distance first.
+
+    It takes the place of free blocks and of sessions that are worth less. It ends when the session calls, and when the
+    policy does not `wants_prefetch` any more; until then, what is evicted meanwhile is loaded again.
+    """
+
+    session: Session
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceAdapter:
+    """How far the next use of a LoRA adapter is, and whether it is to be loaded before that."""
+
+    adapter: str
+    distance: float
+    is_wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Reprioritize:
     """Gives a call that waits another place within its priority."""
 
@@ -98,7 +120,7 @@ class Reprioritize:
     key: Key
 
 
-Action: TypeAlias = Pin | Drop | Demote | Rescore | RescoreAnchor | Reprioritize
+Action: TypeAlias = Pin | Drop | Demote | Rescore | RescoreAnchor | Prefetch | PlaceAdapter | Reprioritize
 
 
 class Policy:
@@ -112,6 +134,16 @@ class Policy:
     tracks_agents: ClassVar[bool] = False
     """True: agents are told apart within a session, by their prompts if the client names none, and the anchors of each
     one compete by `score_anchor`. Each agent of a session that several share has its calls in a session of its own."""
+
+    rates_by_users: ClassVar[bool] = False
+    """True: what several sessions use is worth what it is to the one that values it most. False: it is an anchor."""
+
+    def set_distances(self, command: SetDistances, now_ns: int) -> None:
+        """Somebody said how far agents are from their next calls."""
+
+    def wants_prefetch(self, session: Session) -> bool:
+        """Whether an idle session for which `Prefetch` was said is still to be on the device."""
+        return False
 
     def observe(self, event: TurnEvent) -> None:
         """Called for everything that happens to a call, in order."""

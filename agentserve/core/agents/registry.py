@@ -7,6 +7,7 @@ belongs to the session whose history it goes on with.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -66,6 +67,10 @@ class Session:
     """Whether the last call that came is the program's last one. None: nobody said."""
     foresight: Foresight | None = None
     """What an oracle may know; None outside the simulator."""
+    adapter: str | None = None
+    """The LoRA adapter of its last call."""
+    next_distance: float | None = None
+    """What its last call said about the distance of the next one."""
     pinned_until_ns: int | None = None
     """Its blocks stay until then; None: they are not pinned."""
     pin_id: int = 0
@@ -87,6 +92,36 @@ class GapSamples:
     latest: deque[int] = field(default_factory=deque)
     ascending: list[int] = field(default_factory=list)
     total: int = 0
+    _candidates_ns: list[int] = field(default_factory=lambda: [0])
+    _thresholds_ns: list[float] = field(default_factory=list)
+    _num_new: int = 0
+
+    def best_wait_ns(self, benefit_ns: float) -> int:
+        """The time that maximizes `P(gap <= time) * benefit_ns - time`, over 0 and the gaps that were seen.
+
+        Of equal ones the shortest. Which gaps can be the best is worked out anew when one in 16 of them is new, or
+        any if there are few; the answer then takes O(log n).
+        """
+        if 16 * self._num_new >= len(self.ascending) > 0:
+            self._rebuild()
+        return self._candidates_ns[bisect.bisect_left(self._thresholds_ns, benefit_ns)]
+
+    def _rebuild(self) -> None:
+        """The upper hull of the points (gap, how many are as short): the best one is where its slope is `benefit`."""
+        gaps_ns, counts = [0], [0]
+        for count, gap_ns in enumerate(self.ascending, start=1):
+            while len(gaps_ns) > 1 and (gap_ns - gaps_ns[-1]) * (counts[-1] - counts[-2]) <= (
+                gaps_ns[-1] - gaps_ns[-2]
+            ) * (count - counts[-1]):
+                gaps_ns.pop()
+                counts.pop()
+            gaps_ns.append(gap_ns)
+            counts.append(count)
+        num = len(self.ascending)
+        steps = zip(itertools.pairwise(gaps_ns), itertools.pairwise(counts), strict=True)
+        self._candidates_ns = gaps_ns
+        self._thresholds_ns = [(after - before) * num / (c - b) for (before, after), (b, c) in steps]
+        self._num_new = 0
 
     def add(self, gap_ns: int) -> None:
         """Takes a gap; the oldest one goes when there are too many."""
@@ -96,6 +131,7 @@ class GapSamples:
             self.total -= oldest
         self.latest.append(gap_ns)
         bisect.insort(self.ascending, gap_ns)
+        self._num_new += 1
         self.total += gap_ns
 
     @property

@@ -6,6 +6,7 @@ A policy that raises is out for the rest of the run: the built-in order takes it
 from __future__ import annotations
 
 import heapq
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +16,29 @@ from typing import Protocol, TypeVar
 from agentserve.config import EngineConfig
 from agentserve.core.agents.factory import Seats
 from agentserve.core.agents.fingerprint import fingerprint
-from agentserve.core.agents.policy import Action, Demote, Drop, Pin, Policy, Rescore, RescoreAnchor, TurnEvent, TurnKind
+from agentserve.core.agents.policy import (
+    Action,
+    Demote,
+    Drop,
+    Pin,
+    PlaceAdapter,
+    Policy,
+    Prefetch,
+    Rescore,
+    RescoreAnchor,
+    TurnEvent,
+    TurnKind,
+)
+from agentserve.core.agents.prefetch import PrefetchQueue
 from agentserve.core.agents.registry import Session
-from agentserve.core.events import EngineEvent, PolicyFailed, RequestAdmitted, RequestPreempted, SubmitRequest
+from agentserve.core.events import (
+    EngineEvent,
+    PolicyFailed,
+    RequestAdmitted,
+    RequestPreempted,
+    SetDistances,
+    SubmitRequest,
+)
 from agentserve.core.memory.eviction import Key, Rank, lru_key
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.memory.radix import RadixNode
@@ -76,6 +97,9 @@ class AgentRuntime:
                 protects_anchors=config.protects_anchors,
                 max_pinned_blocks=int(config.pin_share * memory.num_blocks),
             )
+            if self._retention.rates_by_users:
+                memory.rate_by_users()
+        self._prefetches = PrefetchQueue(memory, self.registry)
 
     @property
     def is_active(self) -> bool:
@@ -100,6 +124,8 @@ class AgentRuntime:
         session.is_last_turn = command.is_last_turn
         session.tool_name = command.tool_name
         session.foresight = command.foresight
+        session.adapter = request.adapter
+        session.next_distance = command.distance
         self._calls[request.request_id] = _Call(request, session, now_ns)
         if self._retention is not None:
             request.session_blocks = session.blocks
@@ -107,6 +133,11 @@ class AgentRuntime:
         if order is not None:
             request.order_key = self._ask(order, _NO_KEY, order.order_key, session, request, now_ns)
         self._happened(TurnEvent(TurnKind.SUBMITTED, session, request, now_ns))
+
+    def set_distances(self, command: SetDistances, now_ns: int) -> None:
+        """Somebody said how far agents are from their next calls. Policies that do not care ignore it."""
+        for policy in self._policies():
+            self._ask(policy, None, policy.set_distances, command, now_ns)
 
     def scheduled(self, events: Sequence[EngineEvent]) -> None:
         """Takes the admissions and preemptions among the events of a step."""
@@ -141,6 +172,10 @@ class AgentRuntime:
         for policy in self._policies():
             for action in self._ask(policy, _NO_ACTIONS, self._actions, policy, now_ns):
                 self._do(action, now_ns, queues)
+        retention = self._retention
+        if retention is not None and self._prefetches:
+            wants = retention.wants_prefetch
+            self._prefetches.start(lambda session: self._ask(retention, False, wants, session), len(self._calls))
 
     def settle(self, now_ns: int, queues: Queues) -> list[EngineEvent]:
         """Replaces policies that have raised; returns what the world must know of that. To be called last in a step."""
@@ -172,6 +207,7 @@ class AgentRuntime:
         memory = self._memory
         counts = {
             **self.counts,
+            "blocks_prefetched": memory.prefetches.num_blocks,
             "blocks_dropped": memory.num_dropped_blocks,
             "evictions_unlike_lru": memory.order.num_unlike_lru,
             "admissions_held_back": memory.num_pin_refusals,
@@ -273,7 +309,7 @@ class AgentRuntime:
         is_pinned = session.pinned_until_ns is not None
         rank = Rank.PINNED if is_pinned else Rank.PRIVATE
         key = self._ask(policy, _NO_KEY, policy.score, session, now_ns)
-        self._memory.order.rekey(session.blocks.group, (rank, *key), is_pinned=is_pinned)
+        self._memory.rekey(session.blocks, (rank, *key), is_pinned=is_pinned)
 
     def _rescore_anchor(self, agent: str, now_ns: int) -> None:
         policy, group = self._retention, self.registry.anchors.get(agent)
@@ -292,6 +328,12 @@ class AgentRuntime:
             self._rescore(action.session, now_ns)
         elif isinstance(action, RescoreAnchor):
             self._rescore_anchor(action.agent, now_ns)
+        elif isinstance(action, Prefetch):
+            self._prefetches.add(action.session, action.distance)
+        elif isinstance(action, PlaceAdapter):
+            if self._memory.adapters is not None:
+                limit = math.inf if action.is_wanted else -math.inf
+                self._memory.adapters.set_distances({action.adapter: action.distance}, prefetch_below=limit)
         else:
             call = self._calls.get(action.request_id)
             if call is not None and not call.is_running and queues.reprioritize(call.request, action.key):
@@ -318,7 +360,7 @@ class AgentRuntime:
         session.pinned_until_ns = None
         group = session.blocks.group
         if group.is_pinned:
-            self._memory.order.rekey(group, (Rank.PRIVATE, session.last_used_ns))
+            self._memory.rekey(session.blocks, (Rank.PRIVATE, session.last_used_ns))
 
     # ---- isolation ----
 
@@ -349,12 +391,14 @@ class AgentRuntime:
 
     def _fail(self, policy: Policy, error: Exception) -> None:
         self.counts["failures"] += 1
-        if policy.name not in self._failures:
-            self._failures[policy.name] = f"{type(error).__name__}: {error}"
-            self._failed[policy.name] = policy
+        name = self._policy_name if policy is self._retention else self._order_name
+        if name not in self._failures:
+            self._failures[name] = f"{type(error).__name__}: {error}"
+            self._failed[name] = policy
 
     def _replace_retention(self) -> None:
         self._retention = None
+        self.registry.anchors.clear()
         self._memory.use_lru()
         for call in self._calls.values():
             call.request.session_blocks = None

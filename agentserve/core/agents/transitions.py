@@ -14,7 +14,7 @@ EPSILON = 0.1
 """Added to each count, equation 3."""
 MIN_EDGE = 0.1
 """tau of equation 7: a less likely successor is no edge of the graph."""
-MAX_HOPS = 4
+MAX_HOPS = 8
 """E_max of equation 8: what is so many calls away, or more, is not expected."""
 MAX_AGENTS = 1024
 """Agents with successors that are remembered; the one that was seen longest ago is forgotten first."""
@@ -36,6 +36,7 @@ class Transitions:
     def __init__(self) -> None:
         self._rows: OrderedDict[str, Counter[str]] = OrderedDict()
         self._totals: dict[str, int] = {}
+        self._stays: Counter[str] = Counter()
         self._columns: Counter[str] = Counter()
         self._num_seen = 0
         # Sums of c * ln(c) over cells, rows and columns: entropies follow from them without going over the matrix.
@@ -44,9 +45,8 @@ class Transitions:
         self._hops: dict[str, Mapping[str, int]] = {}
 
     def add(self, agent: str, successor: str) -> None:
-        """A call of `successor` followed one of `agent` in the same task. An agent that goes on itself is no news."""
-        if agent == successor:
-            return
+        """A call of `successor` followed one of `agent` in the same task. If that is the same agent, its tool was back:
+        this counts for how soon it calls again, but not as a transition."""
         row = self._rows.get(agent)
         if row is None:
             row = self._rows[agent] = Counter()
@@ -54,14 +54,25 @@ class Transitions:
             if len(self._rows) > MAX_AGENTS:
                 self._forget(next(iter(self._rows)))
         self._rows.move_to_end(agent)
-        self._change(agent, successor, 1)
-        if len(row) > MAX_SUCCESSORS or self._totals[agent] >= _MAX_ROW_COUNT:
-            for other in list(row):
-                self._change(agent, other, -((row[other] + 1) // 2))
+        if agent == successor:
+            self._stays[agent] += 1
+        else:
+            self._change(agent, successor, 1)
+        self._age(agent, row)
         edges = tuple(other for other in row if self.probability(agent, other) >= MIN_EDGE)
+        stays = self._stays[agent]
+        if stays >= MIN_EDGE * (stays + self._totals[agent]):
+            edges = (agent, *edges)
         if edges != self._edges.get(agent):
             self._edges[agent] = edges
             self._hops.clear()
+
+    def _age(self, agent: str, row: Counter[str]) -> None:
+        if self._stays[agent] >= _MAX_ROW_COUNT:
+            self._stays[agent] //= 2
+        if len(row) > MAX_SUCCESSORS or self._totals[agent] >= _MAX_ROW_COUNT:
+            for other in list(row):
+                self._change(agent, other, -((row[other] + 1) // 2))
 
     def probability(self, agent: str, successor: str) -> float:
         """Equation 3, over the successors that were seen and one that was not. 0 for an agent that nobody followed."""
@@ -87,16 +98,18 @@ class Transitions:
         return 0.0 if marginal <= 1e-9 else min(1.0, max(0.0, 1.0 - conditional / marginal))
 
     def hops_from(self, agent: str) -> Mapping[str, int]:
-        """Agents within fewer than `MAX_HOPS` likely calls of this one, which is at 0. Never changed afterwards."""
+        """Agents within fewer than `MAX_HOPS` likely calls of this one, itself at the length
+        of the shortest way back to it. Never changed afterwards."""
         hops = self._hops.get(agent)
         if hops is None:
             if agent not in self._rows:
-                return MappingProxyType({agent: 0})
+                return MappingProxyType({agent: 1})
             hops = self._hops[agent] = self._search(agent)
         return hops
 
     def _search(self, agent: str) -> Mapping[str, int]:
-        hops, front = {agent: 0}, [agent]
+        hops: dict[str, int] = {}
+        front = [agent]
         for distance in range(1, MAX_HOPS):
             found = []
             for near in front:
@@ -124,7 +137,7 @@ class Transitions:
     def _forget(self, agent: str) -> None:
         for successor, count in list(self._rows[agent].items()):
             self._change(agent, successor, -count)
-        del self._rows[agent], self._totals[agent]
+        del self._rows[agent], self._totals[agent], self._stays[agent]
         self._edges.pop(agent, None)
         self._hops.clear()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from agentserve.core.controllers import Decision
 from agentserve.core.records import record
 
-
 _ROUNDING = 1.0 + 1e-9
 """Limits are compared with this allowance, since they are computed in another order than what they limit."""
 
@@ -35,23 +34,26 @@ class Merit:
         """Whether throughput over delay is all that counts."""
 
     def __call__(self, option: Option) -> tuple[float, float]:
+        return self.of(option.tpot_ns, option.prefill_rate)
+
+    def of(self, tpot_ns: float, prefill_rate: float) -> tuple[float, float]:
+        """The same of an option with these numbers."""
         if self.weighs_delay:
-            return (1.0, -self.gain(option))
-        missed = self.missed(option)
+            return (1.0, -self.gain_of(tpot_ns, prefill_rate))
+        missed = max(tpot_ns / self._target_ns, 1.0)
         if self._needed_rate is None:
-            return (missed, -option.prefill_rate)
+            return (missed, -prefill_rate)
         # In time is early enough: then the smoother stream is the better one.
-        return (max(missed, self._needed_rate / option.prefill_rate), option.tpot_ns)
+        return (max(missed, self._needed_rate / prefill_rate), tpot_ns)
 
-    def missed(self, option: Option) -> float:
-        """The time between two tokens in targets, at least 1."""
-        return max(option.tpot_ns / self._target_ns, 1.0)
+    def is_hopeless(self, option: Option, most_tokens: int, best: Option, hysteresis: float) -> bool:
+        """Whether no batch that takes as long as this one or longer can be chosen, if it reads at most so many tokens.
 
-    def is_hopeless(self, option: Option, most_tokens: int, best: Option) -> bool:
-        """Whether no batch that takes as long as this one or longer is better, if it reads at most so many tokens."""
+        A batch like `best` is an option too; what reads more and misses a target by hardly more may be chosen.
+        """
+        missed = max(option.tpot_ns / self._target_ns, 1.0)
         if not self.weighs_delay:
-            return self.missed(option) > self(best)[0]
-        missed = self.missed(option)
+            return missed > self(best)[0] * (1.0 + hysteresis / 2) * _ROUNDING
         return most_tokens * 1e9 / (option.tpot_ns * missed) ** 2 * _ROUNDING < self.gain(best)
 
     def is_beaten(self, least_tpot_ns: float, most_rate: float, best: Option, hysteresis: float) -> bool:
@@ -59,10 +61,9 @@ class Merit:
 
         Not even as one that has hardly less merit: see `hysteresis` in the controller.
         """
-        missed = max(least_tpot_ns / self._target_ns, 1.0)
         if self.weighs_delay:
-            gain = most_rate / (least_tpot_ns * missed * missed)
-            return gain * (1.0 + hysteresis) * _ROUNDING < self.gain(best)
+            return self.gain_of(least_tpot_ns, most_rate) * (1.0 + hysteresis) * _ROUNDING < self.gain(best)
+        missed = max(least_tpot_ns / self._target_ns, 1.0)
         if self._needed_rate is not None:
             missed = max(missed, self._needed_rate / most_rate)
         best_missed = self(best)[0]
@@ -74,7 +75,11 @@ class Merit:
 
     def gain(self, option: Option) -> float:
         """What another option must promise more of."""
+        return self.gain_of(option.tpot_ns, option.prefill_rate)
+
+    def gain_of(self, tpot_ns: float, prefill_rate: float) -> float:
+        """The same of an option with these numbers."""
         if not self.weighs_delay:
-            return option.prefill_rate
-        missed = self.missed(option)
-        return option.prefill_rate / (option.tpot_ns * missed * missed)
+            return prefill_rate
+        missed = tpot_ns / self._target_ns
+        return prefill_rate / (tpot_ns * missed * missed) if missed > 1.0 else prefill_rate / tpot_ns

@@ -6,6 +6,8 @@ for a kind of partition. What depends on the partition alone is kept with it for
 
 from __future__ import annotations
 
+import math
+
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import ControlSignal
 from agentserve.core.controllers.correction import Corrections
@@ -14,6 +16,8 @@ from agentserve.core.slots import PartitionKind, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
 _PREFILL, _DECODE = Lane.PREFILL, Lane.DECODE
+CHUNK_LEVEL = 1.15
+"""The chunk is chosen anew when the prefill lane turns out to be so much slower or faster than predicted."""
 
 
 class Way:
@@ -28,7 +32,7 @@ class Way:
         self.decode_contention = cost.contention(_DECODE, partition) if co_running else 1.0
         self.prefill_contention = cost.contention(_PREFILL, partition) if co_running else 1.0
         self.chunks: dict[int, int] = {}
-        """Of the prefill lane, by how much slower than predicted that lane is."""
+        """Of the prefill lane, by `Outlook.prefill_level`."""
         self.rates: dict[int, float] = {}
         """Tokens per second of the prefill lane at the start of a prompt, by chunk, before corrections."""
 
@@ -41,6 +45,7 @@ class Outlook:
         "_cost",
         "_high_factors",
         "_prefill_factors",
+        "_prefill_levels",
         "_works",
         "alone_ns",
         "num_pending",
@@ -57,6 +62,7 @@ class Outlook:
         self._works: dict[tuple[int, int], float] = {}
         self._high_factors: dict[tuple[PartitionKind, bool], float] = {}
         self._prefill_factors: dict[PartitionKind, float] = {}
+        self._prefill_levels: dict[PartitionKind, int] = {}
         self.num_pending = signal.num_prefill_tokens + signal.num_resume_tokens
         """Prompt tokens that wait for any lane."""
         self.alone_ns = self.decode_ns(whole, 0)
@@ -65,7 +71,7 @@ class Outlook:
         """How long prompts that ride with the decodes wait for what runs there now; None if that lane is idle."""
 
     def decode_ns(self, way: Way, num_riding: int) -> float:
-        """Time between two tokens, as most batches will keep it, with so many prompt tokens in each batch of the lane."""
+        """Time between two tokens, as most batches will keep it, with so many prompt tokens in each decode batch."""
         key = (way.decode_units, num_riding)
         work_ns = self._works.get(key)
         if work_ns is None:
@@ -86,6 +92,13 @@ class Outlook:
         if factor is None:
             factor = self._prefill_factors[kind] = self._corrections.factor((_PREFILL, kind, False))
         return factor
+
+    def prefill_level(self, kind: PartitionKind) -> int:
+        """The same in steps of `CHUNK_LEVEL`; 0 is as predicted."""
+        level = self._prefill_levels.get(kind)
+        if level is None:
+            level = self._prefill_levels[kind] = round(math.log(self.prefill_factor(kind), CHUNK_LEVEL))
+        return level
 
     def lane_rate(self, way: Way, num_tokens: int) -> float:
         """Prompt tokens per second of the prefill lane beside a busy decode lane."""

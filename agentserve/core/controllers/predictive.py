@@ -18,7 +18,6 @@ its prediction is the safest.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 
 from agentserve.config import EngineConfig
@@ -26,7 +25,7 @@ from agentserve.core.batch import Lane
 from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
 from agentserve.core.controllers.correction import Corrections, Mode
 from agentserve.core.controllers.merit import Merit, Option
-from agentserve.core.controllers.outlook import Outlook, Way
+from agentserve.core.controllers.outlook import CHUNK_LEVEL, Outlook, Way
 from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
@@ -39,8 +38,6 @@ _NEAR_END = 4
 next batch boundary be."""
 _FAR_END, _MUCH_BETTER = 6, 1.1
 """Up to this multiple if that promises so much more: a device that is fast only with long chunks gets them."""
-_CHUNK_LEVEL = 1.15
-"""The chunk is chosen anew when the prefill lane turns out to be so much slower or faster than predicted."""
 _LEAST_SLOWDOWN = 1.4
 """Decodes may always be slowed down this much: a batch that misses the target by itself is no reason to read
 nothing."""
@@ -77,7 +74,9 @@ class PredictiveController:
             "off": (),
         }[slots]
         self._corrections = Corrections()
-        self._ways = tuple(Way(cost_model, partition) for partition in shared)
+        self._ways = [Way(cost_model, partition) for partition in shared]
+        self._splits = tuple(index for index, partition in enumerate(shared) if partition.kind is _SPLIT)
+        self._index_of = {partition: index for index, partition in enumerate(shared)}
         self._whole = Way(cost_model, table.whole, co_running=False)
         self._turn_chunk = self._chunks[0]
         """The best one for taking turns, when that was asked last."""
@@ -128,7 +127,8 @@ class PredictiveController:
         options += self._best_two_lanes(outlook, floor, merit, [o for o in options if o.prefill_rate >= floor])
         fast_enough = [option for option in options if option.prefill_rate >= floor]
         if not fast_enough:
-            fast_enough = [max(self.options(signal), key=lambda option: option.prefill_rate)]
+            # Then nothing was left out.
+            fast_enough = [max(options, key=lambda option: option.prefill_rate)]
         return self._with_budget(self._best(fast_enough, merit), outlook)
 
     def _outlook(self, signal: ControlSignal) -> tuple[Outlook, Merit]:
@@ -140,12 +140,15 @@ class PredictiveController:
     def _best(self, options: list[Option], merit: Merit) -> Option:
         """The one with the most merit, unless a split or the present partition has hardly less."""
         best = min(options, key=merit)
-        most_missed = merit(best)[0] * (1.0 + self._hysteresis / 2)
-        least_gain = merit.gain(best) / (1.0 + self._hysteresis)
-        alike = [o for o in options if merit(o)[0] <= most_missed and merit.gain(o) > least_gain]
+        alike = [option for option in options if self._is_alike(option, best, merit)]
         splits = [option for option in alike if option.decision.partition.kind is _SPLIT]
         present = [option for option in splits or alike if self._is_present(option.decision.partition)]
         return min(present or splits or [best], key=merit)
+
+    def _is_alike(self, option: Option, best: Option, merit: Merit) -> bool:
+        """Whether an option has hardly less merit than the best one."""
+        most_missed = merit(best)[0] * (1.0 + self._hysteresis / 2)
+        return merit(option)[0] <= most_missed and merit.gain(option) > merit.gain(best) / (1.0 + self._hysteresis)
 
     def _is_present(self, partition: SlotPartition) -> bool:
         return self._plan is not None and partition == self._plan.decision.partition
@@ -160,6 +163,7 @@ class PredictiveController:
     def _best_turns(self, outlook: Outlook, floor: float, merit: Merit) -> list[Option]:
         """Taking turns, without chunks that cannot be better than another one."""
         pending = outlook.num_pending
+        most_tokens = min(pending, self._chunks[-1])
         # Chunks longer than all that is pending make the same batch.
         chunks = self._chunks[: bisect_left(self._chunks, pending) + 1]
         found: list[Option] = []
@@ -176,7 +180,7 @@ class PredictiveController:
                 continue
             else:
                 option = self._turns(outlook, chunk)
-            if best is not None and merit.is_hopeless(option, min(pending, self._chunks[-1]), best):
+            if best is not None and merit.is_hopeless(option, most_tokens, best, self._hysteresis):
                 break  # nor is any longer one better
             found.append(option)
             if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
@@ -203,34 +207,40 @@ class PredictiveController:
             return []
         best = min(others, key=merit, default=None)
         options: dict[int, Option] = {}
-        # What is best now will mostly be so again, and the sooner it is known the less has to be looked at.
-        for index in sorted(
-            range(len(self._ways)), key=lambda index: not self._is_present(self._ways[index].partition)
-        ):
-            way = self._ways[index]
-            if best is not None and self._is_beaten(outlook, way, merit, best):
-                continue
-            option = options[index] = self._two_lanes(outlook, way, merit)
-            if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
-                best = option
+        present = None if self._plan is None else self._index_of.get(self._plan.decision.partition)
+        # What is in place is looked at first: it will mostly be the best again, and then others are soon beaten.
+        order = range(len(self._ways)) if present is None else (present, *range(len(self._ways)))
+        # Only splits, and what is in place, are ever chosen with less merit than the best one.
+        for margin, indices in ((0.0, order), (self._hysteresis, self._splits)):
+            if margin and present in self._splits and merit.weighs_delay and best is not None:
+                kept = options.get(present)
+                if kept is not None and kept.prefill_rate >= floor and self._is_alike(kept, best, merit):
+                    break  # it stays, whatever other splits promise
+            for index in indices:
+                way, least_gain = self._ways[index], self._hysteresis if index == present else margin
+                if index in options or (best is not None and self._is_beaten(outlook, way, merit, best, least_gain)):
+                    continue
+                option = options[index] = self._two_lanes(outlook, way, merit)
+                if option.prefill_rate >= floor and (best is None or merit(option) < merit(best)):
+                    best = option
         return [options[index] for index in sorted(options)]
 
-    def _is_beaten(self, outlook: Outlook, way: Way, merit: Merit, best: Option) -> bool:
-        """Whether a way cannot be chosen beside this option, by how fast its lanes are at most."""
+    def _is_beaten(self, outlook: Outlook, way: Way, merit: Merit, best: Option, margin: float) -> bool:
+        """Whether a way is worse than this option by more than the margin, judged by how fast its lanes are at most."""
         signal = outlook.signal
         num_resume_tokens, num_prefill_tokens = signal.num_resume_tokens, signal.num_prefill_tokens
         chunk = self._lane_chunk(outlook, way)
         # A prompt that ends within the chunk: its rate is as easily told as a limit to it.
         num_tokens = min(chunk, num_prefill_tokens or num_resume_tokens)
         rate = outlook.most_lane_rate(way, chunk) if num_tokens == chunk else outlook.lane_rate(way, num_tokens)
-        if not merit.is_beaten(outlook.decode_ns(way, 0), rate, best, self._hysteresis):
+        if not merit.is_beaten(outlook.decode_ns(way, 0), rate, best, margin):
             return False
         num_riding = num_resume_tokens + signal.num_waiting_prefill_tokens
         if not num_prefill_tokens or not num_riding:
             return True
         least_ns = outlook.decode_ns(way, self._budgets[0])
         rate += outlook.delayed(min(self._budgets[-1], num_riding) * 1e9 / least_ns, num_riding)
-        return merit.is_beaten(least_ns, rate, best, self._hysteresis)
+        return merit.is_beaten(least_ns, rate, best, margin)
 
     def _two_lanes(self, outlook: Outlook, way: Way, merit: Merit) -> Option:
         """What a partition does with this work, at its best."""
@@ -251,39 +261,33 @@ class PredictiveController:
 
     def _side_by_side(self, outlook: Outlook, way: Way, merit: Merit) -> Option:
         """Cold and long prompts in the prefill lane; short resumes, and who waits for that lane, with the decodes."""
-        signal, partition = outlook.signal, way.partition
+        signal = outlook.signal
+        num_resume_tokens, num_waiting_tokens = signal.num_resume_tokens, signal.num_waiting_prefill_tokens
         chunk = self._lane_chunk(outlook, way)
         lane_rate = outlook.lane_rate(way, min(chunk, signal.num_prefill_tokens))
-        best: Option | None = None
-        if signal.num_resume_tokens == 0:
-            best = Option(Decision(partition, _UNDECIDED, chunk), outlook.decode_ns(way, 0), lane_rate)
-        may_ride = signal.num_resume_tokens + signal.num_waiting_prefill_tokens > 0
-        for budget in self._budgets if may_ride else ():
+        best_ns, best_rate, best_budget, best_shares = outlook.decode_ns(way, 0), lane_rate, _UNDECIDED, False
+        is_first = num_resume_tokens > 0  # some resume rides, whatever the target says
+        for budget in self._budgets if num_resume_tokens + num_waiting_tokens else ():
             tpot_ns = outlook.decode_ns(way, budget)
             shares = tpot_ns <= self._target_ns
-            riding = signal.num_resume_tokens + (signal.num_waiting_prefill_tokens if shares else 0)
-            if best is not None and not shares:
+            if not (shares or is_first):
                 break
+            riding = num_resume_tokens + (num_waiting_tokens if shares else 0)
             rate = lane_rate + outlook.delayed(min(budget, riding) * 1e9 / tpot_ns, riding)
-            option = Option(Decision(partition, budget, chunk, shares), tpot_ns, rate)
-            if best is not None and not self._is_better(option, best, merit):
-                break  # with the next budget a little more rides, and every token takes longer
-            best = option
-        assert best is not None, "some resume rides, whatever the target says"
-        return best
-
-    def _is_better(self, riding: Option, best: Option, merit: Merit) -> bool:
-        """Whether more riders pay. The first ones disturb the decodes: they must promise more than the hysteresis."""
-        least = merit.gain(best) * (1.0 if best.decision.shares_budget else 1.0 + self._hysteresis)
-        return merit(riding)[0] <= merit(best)[0] and merit.gain(riding) >= least
+            if not is_first:
+                # The first riders disturb the decodes: they must promise more than the hysteresis.
+                least = merit.gain_of(best_ns, best_rate) * (1.0 if best_shares else 1.0 + self._hysteresis)
+                if merit.gain_of(tpot_ns, rate) < least or merit.of(tpot_ns, rate)[0] > merit.of(best_ns, best_rate)[0]:
+                    break  # with the next budget a little more rides, and every token takes longer
+            best_ns, best_rate, best_budget, best_shares, is_first = tpot_ns, rate, budget, shares, False
+        return Option(Decision(way.partition, best_budget, chunk, best_shares), best_ns, best_rate)
 
     def _with_budget(self, option: Option, outlook: Outlook) -> Option:
         """The option with the budget for resumes that may come, which did not matter as long as there are none."""
         partition, chunk = option.decision.partition, option.decision.prefill_chunk
         if option.decision.resume_budget != _UNDECIDED:
             return option
-        way = next(way for way in self._ways if way.partition == partition)
-        budget, tpot_ns = self._resume_budget(outlook, way)
+        budget, tpot_ns = self._resume_budget(outlook, self._ways[self._index_of[partition]])
         decision = Decision(partition, budget, chunk, tpot_ns <= self._target_ns)
         return Option(decision, option.tpot_ns, option.prefill_rate)
 
@@ -322,25 +326,22 @@ class PredictiveController:
 
     def _lane_chunk(self, outlook: Outlook, way: Way) -> int:
         """The chunk of the prefill lane beside a busy decode lane, as long as measured times suggest."""
-        factor = outlook.prefill_factor(way.kind)
-        level = self._levels.get(factor)
-        if level is None:
-            level = self._levels[factor] = round(math.log(factor, _CHUNK_LEVEL))
+        level = outlook.prefill_level(way.kind)
         chunk = way.chunks.get(level)
         if chunk is None:
-            chunk = way.chunks[level] = self._longest_chunk(way.partition, True, _CHUNK_LEVEL**level)
+            chunk = way.chunks[level] = self._longest_chunk(way.partition, True, CHUNK_LEVEL**level)
         return chunk
 
     def _longest_chunk(self, partition: SlotPartition, co_running: bool, factor: float) -> int:
         """The longest chunk whose end is near: longer ones are no slower per token, and need fewer batches."""
-        durations = {
-            chunk: self._cost.duration_ns(BatchShape().with_prefill(chunk), _PREFILL, partition, co_running) * factor
-            for chunk in self._chunks
-        }
+
+        def duration_ns(chunk: int) -> float:
+            shape = BatchShape().with_prefill(chunk)
+            return self._cost.duration_ns(shape, _PREFILL, partition, co_running) * factor
 
         def longest(limit: int) -> int:
-            within = [chunk for chunk in self._chunks if durations[chunk] <= limit * self._target_ns]
-            return max(within, default=self._chunks[0])
+            within = bisect_right(self._chunks, float(limit * self._target_ns), key=duration_ns)
+            return self._chunks[max(0, within - 1)]
 
         near, far = longest(_NEAR_END), longest(_FAR_END)
-        return far if far / durations[far] > _MUCH_BETTER * near / durations[near] else near
+        return far if far / duration_ns(far) > _MUCH_BETTER * near / duration_ns(near) else near

@@ -115,11 +115,11 @@ class EvictionOrder:
         self.common = self.new_group((Rank.PRIVATE,))
         """Blocks without a group of their own."""
         self.superseded = self.new_group((Rank.SUPERSEDED,))
-        self.shared = self.new_group((Rank.SHARED,))
+        self.shared = self.new_group((Rank.SHARED,), is_shared=True)
 
-    def new_group(self, key: Key) -> EvictionGroup:
+    def new_group(self, key: Key, *, is_shared: bool = False) -> EvictionGroup:
         """A group without blocks. It lives as long as somebody refers to it."""
-        return EvictionGroup(key, self.new_sequence())
+        return EvictionGroup(key, self.new_sequence(), is_shared=is_shared)
 
     def new_sequence(self) -> int:
         """The sequence number of a group that is made now."""

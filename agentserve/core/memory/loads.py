@@ -29,10 +29,10 @@ class Load:
 
     __slots__ = ("items", "num_done", "num_flying", "order", "request_id")
 
-    def __init__(self, request_id: str, order: tuple[int, int], items: list[tuple[int, TierEntry, int]]) -> None:
+    def __init__(self, request_id: str, order: tuple[int, float, int], items: list[tuple[int, TierEntry, int]]) -> None:
         self.request_id = request_id
         self.order = order
-        """Priority and sequence: the smallest goes next."""
+        """Priority, invocation distance and sequence: the smallest goes next."""
         self.items = items
         """Tier, block in it, and block of the device, in the order of the tokens."""
         self.num_done = 0
@@ -67,14 +67,25 @@ class LoadQueue:
         """Blocks that are still to be read, by tier."""
         return Counter(tier for load in self._loads.values() for tier, _, _ in load.items[load.num_done :])
 
-    def begin(self, request_id: str, places: Iterable[Place], block_ids: Iterable[int], priority: int) -> None:
-        """Queues a load into these blocks of the device. Smaller priorities go first, then earlier ones."""
+    def begin(
+        self, request_id: str, places: Iterable[Place], block_ids: Iterable[int], priority: tuple[int, float]
+    ) -> None:
+        """Queues a load into these blocks of the device. Smaller priorities go first, then earlier ones.
+
+        A priority is that of the request, and the invocation distance of its agent: 0 if it waits.
+        """
         items = [(tier, entry, block_id) for (tier, entry), block_id in zip(places, block_ids, strict=True)]
         assert items and request_id not in self._loads, f"{request_id!r}: nothing to load, or a load already"
         for tier, entry, _ in items:
             self._tiers[tier].acquire(entry)
         self._sequence += 1
-        self._loads[request_id] = Load(request_id, (priority, self._sequence), items)
+        self._loads[request_id] = Load(request_id, (*priority, self._sequence), items)
+
+    def hurry(self, request_id: str, priority: int) -> None:
+        """Somebody of this priority waits for the load: it goes before those that are less urgent."""
+        load = self._loads.get(request_id)
+        if load is not None:
+            load.order = min(load.order, (priority, 0.0, load.order[2]))
 
     def abort(self, request_id: str) -> bool:
         """Cuts a load short. True if it is over now; False if it will be when the piece under way is done."""

@@ -8,13 +8,15 @@ from agentserve.config import TieringConfig
 from agentserve.core.memory.answers import Allocation, AllocationOutcome, PrefixLock, PrefixMatch
 from agentserve.core.memory.block import BlockPool
 from agentserve.core.memory.checks import check_holdings
-from agentserve.core.memory.eviction import EvictionOrder, SessionBlocks
+from agentserve.core.memory.eviction import EvictionOrder, Key, SessionBlocks
 from agentserve.core.memory.holding import Holding, Holdings
 from agentserve.core.memory.loads import LoadProgress
 from agentserve.core.memory.modules import AdapterModule
+from agentserve.core.memory.prefetch import Prefetches
 from agentserve.core.memory.radix import EvictionKey, RadixNode, RadixTree, lru_key
 from agentserve.core.memory.residency import RecomputeCost, Residency
-from agentserve.core.transfers import TierContents, Transfer, TransferOutput
+from agentserve.core.memory.sharing import UserGroups
+from agentserve.core.transfers import Transfer, TransferOutput
 from agentserve.errors import ConfigError
 
 __all__ = ["Allocation", "AllocationOutcome", "MemoryManager", "PrefixLock", "PrefixMatch"]
@@ -72,6 +74,10 @@ class MemoryManager:
             self.residency = Residency(
                 tiering, block_size, rate=self._tree.rate, free_block=self._pool.put, recompute_ns=recompute_ns
             )
+        self.prefetches = Prefetches(self)
+        """What is being loaded although nobody waits for it."""
+        self.losers: dict[SessionBlocks, None] | None = None
+        """Sessions that have lost blocks since somebody looked, in order; None: nobody wants to know."""
         self._locks: dict[int, list[RadixNode]] = {}
         self._last_lock_id = 0
 
@@ -92,10 +98,14 @@ class MemoryManager:
         return num_available if self.residency is None else max(0, num_available - self.residency.num_copying_blocks)
 
     @property
+    def _num_leaving_blocks(self) -> int:
+        """Blocks that will be free when they have been copied down."""
+        return 0 if self.residency is None else self.residency.num_leaving_blocks
+
+    @property
     def _num_obtainable_blocks(self) -> int:
         """Blocks that an admission could get: at once, or when copies to a lower tier are done."""
-        num_leaving = 0 if self.residency is None else self.residency.num_leaving_blocks
-        return self._pool.num_free + self._tree.num_cached + num_leaving
+        return self._pool.num_free + self._tree.num_cached + self._num_leaving_blocks
 
     @property
     def num_pinned_blocks(self) -> int:
@@ -130,6 +140,7 @@ class MemoryManager:
         session: SessionBlocks | None = None,
         ignore_pins: bool = False,
         priority: int = 0,
+        distance: float = 0.0,
     ) -> Allocation:
         """Admits a request: holds the cached prefix and takes blocks for the rest of `token_ids`, or changes nothing.
 
@@ -137,8 +148,9 @@ class MemoryManager:
         PENDING_PREFIX if the block behind the cached prefix is being computed by another request: try again later.
 
         What lies in lower tiers behind that prefix, and is loaded sooner than computed, is being loaded from then on,
-        loads of smaller `priority` first; see `finish_transfer`. If blocks have to be copied down before they are free,
-        the outcome is OUT_OF_BLOCKS, too: the copies go on, and the next attempt finds the room.
+        loads of smaller `priority` first, then those of smaller `distance`; see `finish_transfer`. If blocks have to be
+        copied down before they are free, the outcome is OUT_OF_BLOCKS, too: the copies go on, and the next attempt
+        finds the room.
 
         The blocks will belong to `session`. Pinned blocks of others are taken with `ignore_pins` only, and then last.
 
@@ -154,11 +166,17 @@ class MemoryManager:
             raise ValueError(f"reserve_blocks must not be negative, it is {reserve_blocks}")
         path, pending = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
         if pending:
-            return Allocation(AllocationOutcome.PENDING_PREFIX, pending_owner=pending[0].owner)
+            owner = pending[0].owner
+            if owner is not None and owner in self.prefetches:
+                self.prefetches.hurry(owner, priority)
+            return Allocation(AllocationOutcome.PENDING_PREFIX, pending_owner=owner)
         num_new = num_needed - len(path)
         # Matched nodes that nobody holds are evictable now, but not once this request holds them.
         num_cached_matches = sum(node.num_refs == 0 for node in path)
         spare = self._num_obtainable_blocks - num_cached_matches - num_new - reserve_blocks
+        if spare < 0 and self.prefetches.give_way():
+            num_cached_matches = sum(node.num_refs == 0 for node in path)
+            spare = self._num_obtainable_blocks - num_cached_matches - num_new - reserve_blocks
         if spare < 0 or (self.num_pinned_blocks and not self._respects_pins(path, spare, ignore_pins)):
             return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
         num_cached_tokens = len(path) * self.block_size
@@ -175,7 +193,7 @@ class MemoryManager:
         if self._caching:
             holding.publish_at = num_cached_tokens + self.block_size
             self._register_pending(request_id, holding, token_ids)
-        num_loading = self._begin_load(request_id, holding, token_ids, priority)
+        num_loading = self._begin_load(request_id, holding, token_ids, (priority, distance))
         return Allocation(AllocationOutcome.ALLOCATED, num_cached_tokens, num_loading_tokens=num_loading)
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
@@ -226,11 +244,6 @@ class MemoryManager:
 
     # ---- lower tiers ----
 
-    def restore(self, contents: TierContents) -> None:
-        """Takes in what a tier held when its executor started. Must come before any transfer."""
-        assert self.residency is not None, "there are no tiers"
-        self.residency.restore(contents)
-
     def start_transfers(self) -> list[Transfer]:
         """The copies between tiers that the executor is to make now."""
         return [] if self.residency is None else self.residency.start()
@@ -248,7 +261,36 @@ class MemoryManager:
         assert self.residency is not None, "there are no tiers"
         return self.residency.finish(output)
 
-    def _begin_load(self, request_id: str, holding: Holding, token_ids: Sequence[int], priority: int) -> int:
+    def loadable(self, token_ids: Sequence[int], *, salt: str | None = None) -> tuple[int, int] | None:
+        """How many blocks of `token_ids` are ready, and how many behind them are loaded sooner than computed.
+
+        None if there are none of the latter, or if somebody computes or loads them already.
+        """
+        path, pending = self._match(token_ids, salt, len(token_ids) // self.block_size)
+        if self.residency is None or pending:
+            return None
+        size, first = self.block_size, len(path)
+        blocks = (token_ids[start : start + size] for start in range(first * size, len(token_ids), size))
+        found = self.residency.find(path[-1] if path else None, salt, blocks)
+        found = self.residency.worth_loading(found, first * size)
+        return (first, len(found)) if found else None
+
+    def make_room_before(self, count: int, key: Key) -> int:
+        """Evicts what is worth less than `key` until `count` blocks are free, or will be; how many are free now."""
+        while self._tree.num_cached and self._pool.num_free + self._num_leaving_blocks < count:
+            first = self.order.first_key()
+            if first is None or first[: len(key)] >= key:
+                break
+            self._give_up([self._tree.evict_leaf()], may_wait=True)
+        return self._pool.num_free
+
+    def num_computed_tokens(self, request_id: str) -> int:
+        """The tokens of a request whose KV is valid."""
+        return self._holdings[request_id].num_computed_tokens
+
+    def _begin_load(
+        self, request_id: str, holding: Holding, token_ids: Sequence[int], priority: tuple[int, float]
+    ) -> int:
         """Starts to load what lower tiers have of the prompt, if that is worth it; returns how many tokens."""
         if self.residency is None:
             return 0
@@ -353,9 +395,21 @@ class MemoryManager:
         self._tree.protects_anchors = protects_anchors
         self.max_pinned_blocks = max_pinned_blocks
 
+    def rate_by_users(self) -> None:
+        """What several sessions use is worth what it is to who values it most. Only while nothing is cached."""
+        self._tree.sharing = UserGroups(self.order)
+        self.losers = {}
+
+    def rekey(self, session: SessionBlocks, key: Key, *, is_pinned: bool = False) -> None:
+        """Says what the private blocks of a session are worth."""
+        self.order.rekey(session.group, key, is_pinned=is_pinned)
+        if self._tree.sharing is not None:
+            self._tree.sharing.rekeyed(session)
+
     def use_lru(self) -> None:
         """From now on the least recently used block goes first, whatever a policy said before."""
         self._tree.forget_sessions()
+        self.losers = None
         for holding in self._holdings.values():
             holding.session = None
 
@@ -415,6 +469,8 @@ class MemoryManager:
     def _give_up(self, nodes: Sequence[RadixNode], may_wait: bool) -> None:
         """Frees the blocks of nodes that have left the tree, at once or when they have been copied."""
         self.num_evicted_blocks += len(nodes)
+        if self.losers is not None:
+            self.losers.update((node.user, None) for node in nodes if node.user is not None)
         if self.residency is not None:
             self.residency.evicted(nodes, may_wait=may_wait)
             return

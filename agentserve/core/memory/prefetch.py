@@ -23,6 +23,9 @@ _PRIORITY = sys.maxsize
 MAX_PREFETCHES = 2
 """Under way at once: one is copied, and the next one follows without a gap."""
 
+_NUM_DISTANCE = 2
+"""The first numbers of a key: rank and distance. What follows, the time of the last use, gives nobody's place away."""
+
 
 class PrefetchOutcome(Enum):
     """What came of an attempt."""
@@ -32,12 +35,16 @@ class PrefetchOutcome(Enum):
     NO_ROOM = "no_room"  # what is on the device is worth as much
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Prefetch:
     session: SessionBlocks
     token_ids: list[int]
-    num_before: int
-    """Tokens that were on the device already."""
+    is_awaited: bool = False
+    """Whether a call waits for it."""
+    is_partial: bool = False
+    """Whether there was no room for more, or it was cut short: the rest is to be loaded later."""
+    is_cut: bool = False
+    """Whether it ends with the piece under way."""
 
 
 class Prefetches:
@@ -60,11 +67,8 @@ class Prefetches:
 
     def has_room(self, key: Key) -> bool:
         """Whether there may be a block for what is worth `key`: a free one, or one of something that is worth less."""
-        memory = self._memory
-        if memory.num_free_blocks > 1:
-            return True
-        first = memory.order.first_key()
-        return first is not None and _is_farther(first, key)
+        first = self._memory.order.first_key()
+        return self._memory.num_free_blocks > 1 or (first is not None and first[:_NUM_DISTANCE] < key[:_NUM_DISTANCE])
 
     def start(self, session: SessionBlocks, distance: float, reserve_blocks: int) -> PrefetchOutcome:
         """Loads what lower tiers have of the path that a session used last, or as much of it as there is room for.
@@ -85,7 +89,7 @@ class Prefetches:
         num_ready, num_found = found
         # One block more than is loaded: a request has a token behind what is cached.
         spare = memory.num_available_blocks - reserve_blocks
-        num_new = min(num_found + 1, spare, memory.make_room_before(num_found + 1, session.group.key[:2]))
+        num_new = min(num_found + 1, spare, memory.make_room_before(num_found + 1, session.group.key[:_NUM_DISTANCE]))
         if num_new < 2:
             return PrefetchOutcome.NO_ROOM
         token_ids = token_ids[: (num_ready + num_new - 1) * size]
@@ -98,8 +102,30 @@ class Prefetches:
             if memory.holds(name):
                 memory.free(name)
             return PrefetchOutcome.NOTHING
-        self._active[name] = _Prefetch(session, token_ids, allocation.num_cached_tokens)
+        self._active[name] = _Prefetch(session, token_ids, is_partial=num_new <= num_found)
         return PrefetchOutcome.STARTED
+
+    def hurry(self, name: str, priority: int) -> None:
+        """A call of this priority waits for a prefetch: it is a load like any other from now on."""
+        assert self._memory.residency is not None, "there are no tiers"
+        self._active[name].is_awaited = True
+        self._memory.residency.hurry(name, priority)
+
+    def give_way(self) -> bool:
+        """Cuts the prefetches short that no call waits for: a call needs their blocks. Whether that will free some.
+
+        They are free once the pieces under way have come.
+        """
+        is_cut = False
+        for name, prefetch in list(self._active.items()):
+            if prefetch.is_awaited:
+                continue
+            is_cut = True
+            if not prefetch.is_cut:
+                prefetch.is_cut = prefetch.is_partial = True
+                if self._memory.abort_load(name):
+                    self.advanced(name, 0, is_over=True)
+        return is_cut
 
     def advanced(self, name: str, num_blocks: int, *, is_over: bool) -> None:
         """A piece of a prefetch has come, or failed: whatever is there now is cached."""
@@ -114,8 +140,5 @@ class Prefetches:
         memory.free(name)
         # What was not loaded still belongs to the history of the session.
         prefetch.session.path = [*prefetch.session.path, *before[len(prefetch.session.path) :]]
-
-
-def _is_farther(other: Key, key: Key) -> bool:
-    """Whether a group's key is strictly less than another one's, apart from when its blocks were used."""
-    return other[:2] < key[:2]
+        if prefetch.is_partial and memory.losers is not None:
+            memory.losers[prefetch.session] = None

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from agentserve.core.memory.eviction import EvictionGroup, EvictionKey, EvictionOrder, SessionBlocks, lru_key
+
+if TYPE_CHECKING:
+    from agentserve.core.memory.sharing import UserGroups
 
 __all__ = ["EvictionKey", "RadixNode", "RadixTree", "lru_key"]
 
@@ -82,6 +86,8 @@ class RadixTree:
         self.order = EvictionOrder(eviction_key)
         self.protects_anchors = True
         """Whether what several sessions use outlives what one of them uses."""
+        self.sharing: UserGroups | None = None
+        """Set if what several sessions use is worth what it is worth to one of them, instead."""
         self._block_size = block_size
         self._roots: dict[str | None, RadixNode] = {}
         self._last_sequence = 0
@@ -161,13 +167,11 @@ class RadixTree:
         shared = session.anchors or self.order.shared if self.protects_anchors else group
         sharing = self.sharing
         for node in path:
+            node.num_uses += 1
             if sharing is not None:
-                node.num_uses += 1
                 node.group = sharing.group_after(node, session)
                 node.user = session
-                continue
-            node.num_uses += 1
-            if node.user is session:
+            elif node.user is session:
                 if node.group is None or not node.group.is_shared:
                     node.group = group
             else:
@@ -266,3 +270,5 @@ class RadixTree:
         num_cached = sum(node.num_refs == 0 for node in nodes)
         assert self.num_cached == num_cached, f"{self.num_cached} cached blocks counted, there are {num_cached}"
         self.order.check_invariants(nodes)
+        if self.sharing is not None:
+            self.sharing.check_invariants()

@@ -122,7 +122,13 @@ class Residency:
                 return found[:first]
         return found
 
-    def begin_load(self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], priority: int) -> None:
+    def hurry(self, request_id: str, priority: int) -> None:
+        """Somebody of this priority waits for a load from now on."""
+        self._loads.hurry(request_id, priority)
+
+    def begin_load(
+        self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], priority: tuple[int, float]
+    ) -> None:
         """Queues the copies into `block_ids`, which belong to the request until the load is over."""
         self._loads.begin(request_id, places, block_ids, priority)
 
@@ -224,19 +230,7 @@ class Residency:
 
     def stats(self) -> tuple[TierStats, ...]:
         """The tiers as they are now, the nearest one first."""
-        return tuple(
-            TierStats(
-                tier=store.tier.value,
-                num_blocks=store.num_blocks,
-                num_used_blocks=store.num_used_blocks,
-                num_hit_tokens=counts["hit_blocks"] * self._size,
-                stored_bytes=counts["stored_bytes"],
-                loaded_bytes=counts["loaded_bytes"],
-                num_dropped_blocks=counts["dropped"],
-                num_failed_transfers=counts["failed"],
-            )
-            for store, counts in zip(self._tiers, self._counts, strict=True)
-        )
+        return tuple(s.stats(counts, self._size) for s, counts in zip(self._tiers, self._counts, strict=True))
 
     def num_used_blocks(self) -> tuple[int, ...]:
         """Blocks in each tier, those included that are being written."""

@@ -23,7 +23,7 @@ class UserGroup(EvictionGroup):
     __slots__ = ("__weakref__", "users")
 
     def __init__(self, key: Key, sequence: int, users: tuple[SessionBlocks, ...]) -> None:
-        super().__init__(key, sequence)
+        super().__init__(key, sequence, is_shared=True)
         self.users = users
 
     @property

@@ -10,11 +10,12 @@ import hashlib
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from agentserve.config import TierConfig
 from agentserve.core.memory.block import BlockPool
 from agentserve.core.memory.radix import RadixNode
+from agentserve.core.stats import TierStats
 from agentserve.core.transfers import StoredBlock, Tier
 
 _DIGEST_BYTES = 16
@@ -189,6 +190,19 @@ class TierStore:
                 break
             run.append(parent)
         return run
+
+    def stats(self, counts: Mapping[str, int], block_size: int) -> TierStats:
+        """The tier as it is now. `counts`: what was done with it, by name; those that are missing are 0."""
+        return TierStats(
+            tier=self.tier.value,
+            num_blocks=self.num_blocks,
+            num_used_blocks=self.num_used_blocks,
+            num_hit_tokens=counts.get("hit_blocks", 0) * block_size,
+            stored_bytes=counts.get("stored_bytes", 0),
+            loaded_bytes=counts.get("loaded_bytes", 0),
+            num_dropped_blocks=counts.get("dropped", 0),
+            num_failed_transfers=counts.get("failed", 0),
+        )
 
     def check_invariants(self) -> None:
         """Raises AssertionError if slots, counts or the heap are wrong."""

@@ -439,4 +439,5 @@ class Scheduler(ABC):
         assert self._draining <= flying - running_ids, "a request drains for no batch"
         assert all(self._memory.holds(request_id) for request_id in self._draining)
         for waiter, owner in self._waits_for.items():
-            assert owner in running_ids, f"{waiter} waits for {owner}, which does not run"
+            is_underway = owner in running_ids or owner in self._memory.prefetches
+            assert is_underway, f"{waiter} waits for {owner}, which does not run"

@@ -23,10 +23,13 @@ _DECODE_WORK = WorkClass.DECODE
 class RunScheduler(Scheduler):
     """A scheduler that can book runs of decode steps."""
 
-    def decode_plan(self) -> DecodePlan | None:
-        """The decode steps that are certain now, None if the next one is not."""
+    def decode_plan(self, *, settled: bool = False) -> DecodePlan | None:
+        """The decode steps that are certain now; None if the next is not, or if they must be settled and are not."""
         head = self.in_flight.get(_DECODE)
-        if head is None or self._ended or self._draining or not self._continues_alone():
+        co_running = _PREFILL in self.in_flight
+        # Without prompts a change of mind of the controller changes nothing.
+        is_calm = not co_running and not self._reading and self._memory.residency is None
+        if head is None or (settled and not is_calm) or self._ended or self._draining or not self._continues_alone():
             return None
         depth = 1 if self.ahead is None else 2
         num_steps = self._num_certain(head, depth)
@@ -34,10 +37,9 @@ class RunScheduler(Scheduler):
         if num_steps < 1 or admission is None:
             return None
         batches = (head,) if self.ahead is None else (head, self.ahead)
-        co_running = _PREFILL in self.in_flight
-        # Without prompts a change of mind of the controller changes nothing.
-        is_calm = not co_running and not self._reading and self._memory.residency is None
         is_settled = is_calm and admission and self._has_room(num_steps, depth)
+        if settled and not is_settled:
+            return None
         partition = self._co_partition() if co_running else self._table.whole
         return DecodePlan(batches, num_steps, partition, co_running, is_settled)
 

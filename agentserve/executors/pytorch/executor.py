@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from agentserve.config import TieringConfig
 from agentserve.core.adapters import AdapterLoad, TransferOrder
 from agentserve.core.batch import Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.clock import Clock
-from agentserve.core.executor import Capabilities, Completion
+from agentserve.core.executor import Capabilities, Completion, Tier
 from agentserve.core.masks import TokenMasks
+from agentserve.core.transfers import TierContents
 from agentserve.errors import EngineError
 from agentserve.executors.pytorch.attention.backends import make_backend
 from agentserve.executors.pytorch.attention.choice import AUTO, AttentionChoice, choose_attention, read_facts
@@ -23,6 +25,8 @@ from agentserve.executors.pytorch.lanes import LaneThread
 from agentserve.executors.pytorch.lora import LoraLoader, LoraStore
 from agentserve.executors.pytorch.runner import Launched, MakeGraphs, ModelRunner
 from agentserve.executors.pytorch.sampler import RowSampler
+from agentserve.executors.pytorch.tiers.disk import DiskOptions
+from agentserve.executors.pytorch.tiers.links import TierLinks
 from agentserve.models.config import ModelConfig
 from agentserve.models.interface import DecoderModel
 
@@ -89,6 +93,8 @@ class TorchExecutor:
         make_graphs: MakeGraphs | None = None,
         token_masks: TokenMasks | None = None,
         lora: LoraStore | None = None,
+        tiering: TieringConfig | None = None,
+        disk: DiskOptions | None = None,
     ) -> None:
         """Takes over `device` and closes it in `close`.
 
@@ -105,9 +111,11 @@ class TorchExecutor:
             make_graphs: captures decode steps, where the attention allows it.
             token_masks: what requests with a grammar may produce; without it they fail.
             lora: the slots of the adapters, on `device`.
+            tiering: the tiers below the pool; their memory is allocated here.
+            disk: where the disk tier is, if there is one.
 
-        Raises ConfigError if the attention that was asked for does not run here, EngineError for other numbers that
-        cannot be right.
+        Raises ConfigError if the attention that was asked for does not run here or a tier cannot be, EngineError for
+        other numbers that cannot be right.
         """
         lookahead = device.lookahead if lookahead is None else lookahead
         limit = min(model.config.max_position_embeddings, num_blocks * block_size)
@@ -142,6 +150,14 @@ class TorchExecutor:
             lora=lora,
             make_sampler=_sampler_maker(self.attention, max_num_seqs, model, device),
         )
+        self.tiering = tiering
+        self._links: TierLinks | None = None
+        if tiering is not None:
+            self._links = TierLinks(
+                tiering, model.config, self._backend, device, clock=clock, report=self._report, disk=disk
+            )
+        self.tier_contents: tuple[TierContents, ...] = () if self._links is None else self._links.contents
+        """What the tiers held at the start, for the first step of the engine."""
         self._capabilities = Capabilities(
             name=device.name,
             device=device.description,
@@ -151,6 +167,7 @@ class TorchExecutor:
             unused_units=device.unused_units,
             num_blocks=num_blocks,
             block_size=block_size,
+            tiers=(Tier.DEVICE,) if self._links is None else self._links.tiers,
             lookahead=lookahead,
         )
         self._lock = threading.Lock()  # guards the four below
@@ -178,12 +195,16 @@ class TorchExecutor:
 
     def submit_transfer(self, transfer: TransferOrder, now_ns: int) -> None:  # noqa: ARG002 - copies start at once
         """See `Executor.submit_transfer`."""
+        if self._closed:
+            raise RuntimeError("the executor is closed")
         if isinstance(transfer, AdapterLoad):
-            if self._loader is None or self._closed:
-                raise RuntimeError("the executor is closed" if self._closed else "there are no slots for adapters")
+            if self._loader is None:
+                raise RuntimeError("there are no slots for adapters")
             self._loader.submit(transfer)
-            return
-        raise RuntimeError(f"there is no tier but the device: no copy from {transfer.source} to {transfer.destination}")
+        elif self._links is None:
+            raise RuntimeError(f"there is no tier but the device, so no {transfer.source} or {transfer.destination}")
+        else:
+            self._links.submit(transfer)
 
     def poll(self, now_ns: int) -> list[Completion]:  # noqa: ARG002 - what is finished is finished
         with self._lock:
@@ -220,6 +241,8 @@ class TorchExecutor:
             lane.close()
         if self._loader is not None:
             self._loader.close()
+        if self._links is not None:
+            self._links.close()
         # Graphs and page-locked memory first: they hold on to the slots in which they were captured or used.
         self._runner.close()
         self._device.close()

@@ -81,7 +81,7 @@ class KvStore:
         self._bytes_per_token = config.kv_bytes_per_token(dtype.itemsize)
         self._mirror_limit_bytes = mirror_limit_bytes
         # The operating system supplies pages when they are first written: an unused pool costs nothing.
-        self._pool = device.empty(
+        self.pages = device.empty(
             (num_blocks, config.num_layers, 2, config.num_kv_heads, block_size, config.head_dim), dtype
         )
         self._lock = threading.Lock()
@@ -90,6 +90,19 @@ class KvStore:
         self._mirrors: dict[str, Mirror] = {}
         self._retired: dict[str, Mirror] = {}
         self._mirror_bytes = 0
+
+    def overwritten(self, block_ids: Iterable[int]) -> None:
+        """Cuts every mirror before the first of these blocks, which somebody else writes to: their owner has ended.
+
+        Those of requests that have ended but were not retired yet too. No batch in flight has such a mirror.
+        """
+        written = set(block_ids)
+        with self._lock:
+            self._cut_retired(written)
+            for mirror in self._mirrors.values():
+                if not written.isdisjoint(mirror.block_ids):
+                    assert not mirror.pinned, "a block is written that a batch in flight reads"
+                    self._cut(mirror, written)
 
     @property
     def mirror_bytes(self) -> int:
@@ -131,7 +144,7 @@ class KvStore:
             assert mirror.buffer is not None
             for block, start, end in self._pieces(chunk, chunk.start, chunk.end):
                 offset = start % self.block_size
-                piece = self._pool[block, :, :, :, offset : offset + end - start]
+                piece = self.pages[block, :, :, :, offset : offset + end - start]
                 piece.copy_(mirror.buffer[:, :, :, start:end])
             mirror.length = chunk.end
             mirror.block_ids = chunk.block_ids
@@ -161,7 +174,7 @@ class KvStore:
         assert mirror.buffer is not None
         if mirror.length != chunk.start:
             for block, start, end in self._pieces(chunk, 0, chunk.start):
-                mirror.buffer[:, :, :, start:end].copy_(self._pool[block, :, :, :, : end - start])
+                mirror.buffer[:, :, :, start:end].copy_(self.pages[block, :, :, :, : end - start])
             mirror.length = chunk.start
 
     def _grow(self, mirror: Mirror, chunk: ScheduledChunk) -> None:
@@ -210,16 +223,22 @@ class KvStore:
             self._mirror_bytes -= mirror.num_bytes
 
     def _invalidate(self, chunks: Sequence[ScheduledChunk]) -> None:
-        written = {b for chunk in chunks for b in chunk.block_ids[chunk.start // self.block_size :]}
+        self._cut_retired({b for chunk in chunks for b in chunk.block_ids[chunk.start // self.block_size :]})
+
+    def _cut_retired(self, written: set[int]) -> None:
         for request_id, mirror in list(self._retired.items()):
             if written.isdisjoint(mirror.block_set):
                 continue
-            index = next(i for i, block in enumerate(mirror.block_ids) if block in written)
-            mirror.block_ids = mirror.block_ids[:index]
+            self._cut(mirror, written)
             mirror.block_set = frozenset(mirror.block_ids)
-            mirror.length = min(mirror.length, index * self.block_size)
-            if index == 0:
+            if not mirror.length:
                 self._discard(request_id)
+
+    def _cut(self, mirror: Mirror, written: set[int]) -> None:
+        """Leaves what lies before the first of these blocks."""
+        index = next(i for i, block in enumerate(mirror.block_ids) if block in written)
+        mirror.block_ids = mirror.block_ids[:index]
+        mirror.length = min(mirror.length, index * self.block_size)
 
     def _take_over(self, chunk: ScheduledChunk, mirror: Mirror) -> None:
         """Gives `mirror` the buffer of a retired one that holds the tokens before the chunk, if there is one.

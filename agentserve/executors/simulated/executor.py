@@ -57,7 +57,7 @@ class SimulatedExecutor:
         self._cost_model = cost_model
         self._vocabulary = tuple(vocabulary)
         self._vocabulary_set = frozenset(vocabulary)
-        self._links = SimulatedLinks(tiering, lora)
+        self._links = SimulatedLinks(tiering, num_blocks, lora)
         self._constrained = constrained
         device = cost_model.device
         self._turnaround_ns = device.turnaround_ns

@@ -16,9 +16,10 @@ class SimulatedLinks:
     Not modelled: links that share a bus, and the load of copies on the device's memory.
     """
 
-    def __init__(self, tiering: TieringConfig | None, lora: LoraConfig | None = None) -> None:
-        """`tiering`: None for a device without tiers. `lora`: None for one without slots for adapters."""
+    def __init__(self, tiering: TieringConfig | None, num_blocks: int, lora: LoraConfig | None = None) -> None:
+        """`tiering`: None for a device without tiers. `num_blocks`: of the device. `lora`: None if it has no slots."""
         tiers = () if tiering is None else tiering.tiers
+        self._sizes = {Tier.DEVICE: num_blocks, **{Tier(tier.name): tier.num_blocks for tier in tiers}}
         self._tiers: dict[Tier, TierConfig] = {Tier(tier.name): tier for tier in tiers}
         self._in_flight: dict[tuple[Tier, bool], deque[TransferOutput]] = {}
         self._lora = lora
@@ -78,7 +79,6 @@ class SimulatedLinks:
     def _error(self, transfer: Transfer) -> str | None:
         sides = ((transfer.source, transfer.source_ids), (transfer.destination, transfer.destination_ids))
         for tier, ids in sides:
-            config = self._tiers.get(tier)
-            if min(ids) < 0 or (config is not None and max(ids) >= config.num_blocks):
+            if min(ids) < 0 or max(ids) >= self._sizes[tier]:
                 return f"transfer {transfer.transfer_id} has a block id outside the {tier} tier"
         return None

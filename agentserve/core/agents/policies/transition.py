@@ -13,15 +13,17 @@ from types import MappingProxyType
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
-from agentserve.core.agents.policy import Action, Policy, Rescore, RescoreAnchor, TurnEvent, TurnKind
+from agentserve.core.agents.policy import Action, Policy, Prefetch, Rescore, RescoreAnchor, TurnEvent, TurnKind
 from agentserve.core.agents.registry import Program, Session
 from agentserve.core.agents.transitions import Transitions, survival
 from agentserve.core.memory.eviction import Key, Rank
 
 FLOOR = 0.05
 """delta of equation 9: what is not expected is worth this much of what is used now."""
-DECAY = 0.05
+DECAY = 0.01
 """lambda of equation 9, for each call that any agent makes."""
+MIN_ENTROPY_REDUCTION = 0.3
+"""R_min of equation 11: below it nothing is loaded beforehand. Random routing has about 0.1, a selector 0.5."""
 MAX_TASKS = 1024
 _PATIENCE = 4
 """A task without a call for so many calls of each other one is over as far as predictions go."""
@@ -38,7 +40,7 @@ class _Task:
     agent: str
     """Whose call came last."""
     last_call: int
-    hops: Mapping[str, int] = _NO_HOPS
+    hops: Mapping[str, int] = field(default_factory=lambda: _NO_HOPS)
     """How far each agent is from that one."""
     sessions: dict[str, Session] = field(default_factory=dict)
     """By agent."""
@@ -59,10 +61,16 @@ class Transition(Policy):
     name: ClassVar[str] = "transition"
     tracks_agents: ClassVar[bool] = True
 
-    def __init__(self, *, predicts: bool = True) -> None:
-        """`predicts`: False leaves the recency only, with anchors for each agent."""
+    def __init__(self, *, predicts: bool = True, prefetches: bool = True) -> None:
+        """Makes one that knows nothing.
+
+        Args:
+            predicts: False leaves the recency only, with anchors for each agent.
+            prefetches: load the history of the most likely agent from lower tiers between two calls of a task.
+        """
         self.transitions = Transitions()
         self._predicts = predicts
+        self._prefetches = predicts and prefetches
         self._num_calls = 0
         self._tasks: OrderedDict[Program, _Task] = OrderedDict()
         """By their last call."""
@@ -79,8 +87,11 @@ class Transition(Policy):
         agent = session.agent_key or session.session_id
         if event.kind is TurnKind.SUBMITTED:
             self._called(session, agent)
-        elif event.kind is TurnKind.FINISHED and session.is_last_turn and session.program in self._tasks:
-            self._end(session.program)
+        elif event.kind is TurnKind.FINISHED and session.program in self._tasks:
+            if session.is_last_turn:
+                self._end(session.program)
+            elif self._prefetches:
+                self._warm(self._tasks[session.program])
 
     def score(self, session: Session, now_ns: int) -> Key:
         recency = DECAY * self._calls.get(session, 0)
@@ -97,6 +108,10 @@ class Transition(Policy):
         reach = self._reach.get(agent)
         rank = Rank.SHARED if agent in self._last_call else Rank.PRIVATE
         return (rank, math.log(survival(min(reach) if reach else None) + FLOOR) + recency)
+
+    def wants_prefetch(self, session: Session) -> bool:
+        task = self._tasks.get(session.program)
+        return task is not None and self._expected(task) is session
 
     def act(self, now_ns: int) -> Iterable[Action]:
         actions, self._actions = self._actions, []
@@ -115,7 +130,8 @@ class Transition(Policy):
         task = self._tasks.get(session.program)
         if task is None:
             task = self._tasks[session.program] = _Task(agent, self._num_calls)
-        self.transitions.add(task.agent, agent)
+        else:
+            self.transitions.add(task.agent, agent)
         task.agent, task.last_call = agent, self._num_calls
         self._tasks.move_to_end(session.program)
         task.sessions[agent] = session
@@ -147,6 +163,17 @@ class Transition(Policy):
                 del self._reach[agent]
             if agent in task.sessions:
                 self._actions.append(Rescore(task.sessions[agent]))
+
+    def _expected(self, task: _Task) -> Session | None:
+        """The session of the agent that most likely calls next in a task, equation 10, if it has one there already."""
+        agent = self.transitions.next_agent(task.agent)
+        return None if agent is None else task.sessions.get(agent)
+
+    def _warm(self, task: _Task) -> None:
+        """Equation 11: only if the present agent tells enough about the next one."""
+        session = self._expected(task)
+        if session is not None and session.is_idle and self.transitions.entropy_reduction >= MIN_ENTROPY_REDUCTION:
+            self._actions.append(Prefetch(session, 1.0))
 
     def _end(self, program: Program) -> None:
         self._move(self._tasks.pop(program), _NO_HOPS)

@@ -29,15 +29,7 @@ def best_ttl_ns(gaps: GapSamples, benefit_ns: float) -> int:
     Whoever keeps blocks for `ttl` pays that time of memory, and has the benefit if the tool is back by then (section 4
     of the paper). Of equal ones the shortest.
     """
-    best_ns, best_value = 0, 0.0
-    num_gaps = len(gaps.ascending)
-    for index, gap_ns in enumerate(gaps.ascending, start=1):
-        if gap_ns > benefit_ns:
-            break  # from here on it costs more than it can bring
-        value = index / num_gaps * benefit_ns - gap_ns
-        if value > best_value:
-            best_ns, best_value = gap_ns, value
-    return best_ns
+    return gaps.best_wait_ns(benefit_ns)
 
 
 class Memoryfulness:
@@ -83,7 +75,8 @@ class Ttl(Policy):
     def __init__(self, registry: AgentRegistry, costs: ForwardCosts) -> None:
         self._registry = registry
         self._costs = costs
-        self._delays: deque[int] = deque(maxlen=_MAX_DELAYS)
+        self._delays: deque[int] = deque()
+        self._delay_sum_ns = 0
         self._memoryfulness = Memoryfulness()
         self._pins: list[Pin] = []
 
@@ -91,6 +84,9 @@ class Ttl(Policy):
         session = event.session
         if event.kind is TurnKind.ADMITTED:
             self._delays.append(event.lasted_ns)
+            self._delay_sum_ns += event.lasted_ns
+            if len(self._delays) > _MAX_DELAYS:
+                self._delay_sum_ns -= self._delays.popleft()
         elif event.kind is TurnKind.FINISHED and session.is_idle:
             if session.is_last_turn:
                 self._memoryfulness.add(session.program.num_turns)
@@ -102,7 +98,7 @@ class Ttl(Policy):
         gaps = self._registry.gaps.of(session.tool_name, MIN_SAMPLES)
         if gaps is None:
             return DEFAULT_TTL_NS
-        delay_ns = sum(self._delays) / len(self._delays) if self._delays else 0.0
+        delay_ns = self._delay_sum_ns / len(self._delays) if self._delays else 0.0
         reload_ns = self._costs.prefill_ns(session.context_tokens)
         return best_ttl_ns(gaps, delay_ns * self._memoryfulness.value + reload_ns)
 

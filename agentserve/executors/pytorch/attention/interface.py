@@ -83,6 +83,18 @@ class KvBackend(Protocol):
     block_size: int
 
     @property
+    def pages(self) -> Tensor:
+        """The blocks, contiguous `[n, num_layers, 2, num_kv_heads, block_size, head_dim]` with `n >= num_blocks`.
+
+        Others may copy whole blocks from and to it that no batch in flight writes or reads; see `overwritten`.
+        """
+        ...
+
+    def overwritten(self, block_ids: Sequence[int]) -> None:
+        """Says that others are about to write to these blocks. Called by any thread."""
+        ...
+
+    @property
     def static_steps(self) -> StaticSteps | None:
         """None if steps of this backend cannot be captured."""
         ...

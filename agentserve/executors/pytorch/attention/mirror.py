@@ -23,6 +23,15 @@ class MirrorBackend:
         self._store = store
         self._num_kv_heads = num_kv_heads
 
+    @property
+    def pages(self) -> Tensor:
+        """See `KvBackend.pages`."""
+        return self._store.pages
+
+    def overwritten(self, block_ids: Sequence[int]) -> None:
+        """See `KvBackend.overwritten`: mirrors that hold what was there before hold it no longer."""
+        self._store.overwritten(block_ids)
+
     def open(
         self,
         lane: Lane,  # noqa: ARG002 - mirrors belong to requests

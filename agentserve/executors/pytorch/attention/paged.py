@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from agentserve.core.batch import Lane, ScheduledChunk
 from agentserve.executors.pytorch.attention.inputs import DeviceInputs, HostInputs, InputSizes, Int32s
@@ -75,6 +76,14 @@ class PagedBackend:
             )
             for lane in Lane
         }
+
+    @property
+    def pages(self) -> Tensor:
+        """See `KvBackend.pages`."""
+        return self._pool.pages
+
+    def overwritten(self, block_ids: Sequence[int]) -> None:
+        """See `KvBackend.overwritten`: nothing is kept beside the blocks."""
 
     @property
     def static_steps(self) -> PagedBackend | None:

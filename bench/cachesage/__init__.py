@@ -1,0 +1,1 @@
+"""CacheSage's evaluation: traffic is recorded once and replayed under each policy."""

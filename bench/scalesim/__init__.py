@@ -1,0 +1,1 @@
+"""ScaleSim's evaluation in the simulator: `python -m bench.scalesim --out DIR`."""
