@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -179,20 +180,21 @@ def controllers(source: Source) -> Figure | None:
     A panel is a row: workload, number of agents, and for each measure the predictive controller's value, the best of
     the others, which one that was, and by which fraction the predictive one is worse (negative: better). The best of
     each measure may be another one each time, so `beaten_by` has those that are better by more than the tolerance in
-    one measure and not worse by more than that in any. `others`: all values of each of them.
+    one measure and not worse by more than that in any. `others`: all values of each of them. Of several rounds each
+    value is the median of the rounds' values.
     """
     panels = []
     for run in source.runs:
         if run.key != "predictive":
             continue
         others = {
-            other.key: measures(other)
+            other.key: _median_measures(other)
             for other in source.select(workload=run.workload)
             if other.num_agents == run.num_agents and other.key in SIMPLE
         }
         if set(others) != set(SIMPLE):
             continue
-        mine = measures(run)
+        mine = _median_measures(run)
         row: Figure = {"workload": run.workload, "num_agents": run.num_agents}
         for name, _ in ABLATION_MEASURES:
             row[name] = _against_best(name, mine[name], {key: values[name] for key, values in others.items()})
@@ -200,6 +202,18 @@ def controllers(source: Source) -> Figure | None:
         row["beaten_by"] = [key for key, values in others.items() if _beats(values, mine)]
         panels.append(row)
     return _figure("controllers", source, panels)
+
+
+def _median_measures(run: Run) -> dict[str, float | int | None]:
+    """`measures`, of several rounds the median of each; a round that lacks a value does not count for it."""
+    rounds = [measures(dataclasses.replace(run, records=records)) for records in run.rounds if records]
+    if not rounds:
+        return measures(run)
+    found: dict[str, float | int | None] = {}
+    for name in rounds[0]:
+        values = [value for each in rounds if (value := each[name]) is not None]
+        found[name] = statistics.median(values) if values else None
+    return found
 
 
 def _beats(theirs: Mapping[str, float | None], mine: Mapping[str, float | None]) -> bool:

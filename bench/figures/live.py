@@ -105,7 +105,7 @@ def server_of(key: str, options: Sequence[str] = ()) -> ServerSpec:
 
 
 def to_source(results: Results) -> Source:
-    """Rounds of the same server and workload become one run; of a victim's stream the first round is taken."""
+    """Rounds of the same server and workload become one run. `records` of a victim's stream are the first round's."""
     groups: dict[tuple[str, str, int], list[RunResult]] = {}
     for run in results.runs:
         workload = _workload_name(run.workload)
@@ -117,7 +117,8 @@ def to_source(results: Results) -> Source:
         key = _variant_key(name)
         label = VARIANTS[key].label if key in VARIANTS else rounds[0].server.title
         records = rounds[0].records if workload == "victim_attacker" else _pooled(rounds)
-        runs.append(Run(key, label, workload, num_agents, records, rounds[0].server.setting))
+        each = tuple(tuple(run.records) for run in rounds)
+        runs.append(Run(key, label, workload, num_agents, records, rounds[0].server.setting, each))
     conditions = results.conditions
     models = sorted({run.server.model for run in results.runs} - {""})
     details = sorted({found[1] for run in results.runs if (found := _DETAILS.search(run.workload))})

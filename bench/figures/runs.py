@@ -19,6 +19,8 @@ class Run:
     records: tuple[TurnRecord, ...]
     setting: str = "default"
     """Of a server in live results that is none of our variants."""
+    rounds: tuple[tuple[TurnRecord, ...], ...] = ()
+    """The records of each round where there were several."""
 
 
 @dataclass(frozen=True, slots=True)
