@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,10 @@ def test_core_imports_the_standard_library_only() -> None:
 def test_the_command_line_starts_without_torch() -> None:
     code = "import sys, agentserve.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_package_is_installed() -> None:
+    """The list in pyproject.toml is written by hand: an editable install would not notice what it lacks."""
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "agentserve").rglob("__init__.py")}
+    assert listed == found | {"agentserve_kernels"}
