@@ -9,7 +9,7 @@ from agentserve.errors import WorkloadError
 from agentserve.sim.programs import Workload
 from agentserve.sim.workloads import WORKLOADS, make_workload
 
-_DEFAULT_AGENTS = {"victim_attacker": 3}
+DEFAULT_AGENTS = {"victim_attacker": 3}
 """The victim and two clients that send long prompts."""
 _OPTIONS = {"agents": int, "programs": int, "scale": float, "rate": float}
 
@@ -51,7 +51,7 @@ class WorkloadSpec:
         """The named workload. Raises WorkloadError for what cannot be made."""
         return make_workload(
             self.name,
-            num_agents=_DEFAULT_AGENTS.get(self.name, 4) if self.agents is None else self.agents,
+            num_agents=DEFAULT_AGENTS.get(self.name, 4) if self.agents is None else self.agents,
             num_programs=self.programs,
             scale=1.0 if self.scale is None else self.scale,
             seed=seed,

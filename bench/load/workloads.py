@@ -6,14 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from agentserve.errors import WorkloadError
+from agentserve.sim import specs
 from agentserve.sim.formats import detect_format, load_workload
 from agentserve.sim.programs import Workload
 from agentserve.sim.workloads import WORKLOADS, make_workload
 from bench.load.endpoint import NamedWorkload
 from bench.load.errors import BenchError
-
-_DEFAULT_AGENTS = {"victim_attacker": 3}
-"""The victim and two clients that send long prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,36 +29,19 @@ class WorkloadSpec:
     @classmethod
     def parse(cls, text: str, defaults: WorkloadSpec | None = None) -> WorkloadSpec:
         """`NAME` or `NAME:agents=4,programs=8,scale=0.3,rate=0.5`. Raises BenchError."""
-        name, _, options = text.partition(":")
-        defaults = defaults or cls(name)
-        values: dict[str, float | None] = {
-            "agents": defaults.agents,
-            "programs": defaults.programs,
-            "scale": defaults.scale,
-            "rate": defaults.rate,
-        }
-        for option in filter(None, options.split(",")):
-            key, _, value = option.partition("=")
-            if key not in values:
-                raise BenchError(f"{text}: there is no {key!r}; there are {', '.join(values)}")
-            try:
-                values[key] = int(value) if key in {"agents", "programs"} else float(value)
-            except ValueError:
-                raise BenchError(f"{text}: {key} must be a number, not {value!r}") from None
-        agents, programs = values["agents"], values["programs"]
-        return cls(
-            name,
-            None if agents is None else int(agents),
-            None if programs is None else int(programs),
-            values["scale"],
-            values["rate"],
-        )
+        try:
+            spec = specs.WorkloadSpec.parse(text)
+        except WorkloadError as error:
+            raise BenchError(str(error)) from None
+        options = {name: getattr(spec, name) for name in ("agents", "programs", "scale", "rate")}
+        given = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(defaults or cls(spec.name), name=spec.name, **given)
 
     def make(self, seed: int) -> NamedWorkload:
         """Raises BenchError or WorkloadError for what cannot be made."""
         if self.name not in WORKLOADS:
             return self._from_file(seed)
-        agents = self.agents or _DEFAULT_AGENTS.get(self.name, 4)
+        agents = self.agents or specs.DEFAULT_AGENTS.get(self.name, 4)
         workload = make_workload(
             self.name,
             num_agents=agents,

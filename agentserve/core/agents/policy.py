@@ -8,12 +8,13 @@ not say is decided as without it. It must not do what the control plane must not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import ClassVar, TypeAlias
 
-from agentserve.core.agents.registry import Session
+from agentserve.core.agents.registry import AgentRegistry, Session
 from agentserve.core.events import SetDistances
 from agentserve.core.memory.eviction import Key, Rank, lru_key
 from agentserve.core.memory.radix import RadixNode
@@ -49,6 +50,16 @@ class Forecast:
 
     next_use_ns: float
     """On the driver's clock; infinite: never."""
+
+
+def forecast_from_gaps(registry: AgentRegistry, session: Session, now_ns: int) -> Forecast | None:
+    """After the mean of the measured gaps of the session's tool; None: nothing was measured yet."""
+    if session.idle_since_ns is None:
+        return Forecast(now_ns)
+    if session.is_last_turn:
+        return Forecast(math.inf)
+    gaps = registry.gaps.of(session.tool_name, 1)
+    return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-from agentserve.text.tools.parser import JsonCallParser
+from agentserve.text.tools.parser import MarkedJsonParser
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
-class HermesParser(JsonCallParser):
+class HermesParser(MarkedJsonParser):
     """Calls without the opening tag at the start of an answer and without the closing tag are accepted, too."""
 
-    def _start(self) -> bool:
-        stripped = self._buffer.lstrip()
-        if not stripped:
-            return False
-        if stripped.startswith("{"):
-            self._expect_call(self._skip_space(), self._behind, known_only=True)
-        else:
-            self._state = self._text
-        return True
-
-    def _text(self) -> bool:
-        marker = self._show_until([OPEN])
-        if marker is None:
-            return False
-        self._expect_call(marker, self._behind)
-        return True
+    marker = OPEN
 
     def _behind(self) -> bool:
         self._skip_space()

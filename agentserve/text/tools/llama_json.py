@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from agentserve.text.tools.parser import JsonCallParser
+from agentserve.text.tools.parser import MarkedJsonParser
 
 TAG = "<|python_tag|>"
 _SEPARATORS = ";,"
 
 
-class LlamaJsonParser(JsonCallParser):
+class LlamaJsonParser(MarkedJsonParser):
     """Without the tag a call is recognized at the start of an answer only, by the name of a known tool."""
 
+    marker = TAG
     _pending = ""
     """What stood between two calls, if there are two."""
-
-    def _start(self) -> bool:
-        stripped = self._buffer.lstrip()
-        if not stripped:
-            return False
-        if stripped.startswith("{"):
-            self._expect_call(self._skip_space(), self._behind, known_only=True)
-        else:
-            self._state = self._text
-        return True
-
-    def _text(self) -> bool:
-        marker = self._show_until([TAG])
-        if marker is None:
-            return False
-        self._expect_call(marker, self._behind)
-        return True
 
     def _behind(self) -> bool:
         """After a call: another one, or text."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from agentserve.text.tools.json_call import JsonCallReader
 from agentserve.text.tools.json_stream import Status
@@ -209,3 +209,30 @@ def longest_partial(text: str, markers: Iterable[str]) -> int:
                 longest = length
                 break
     return longest
+
+
+class MarkedJsonParser(JsonCallParser):
+    """For formats whose calls are JSON objects behind a marker. At the start of an answer it may be missing."""
+
+    marker: ClassVar[str]
+
+    @abstractmethod
+    def _behind(self) -> bool:
+        """The state behind a call."""
+
+    def _start(self) -> bool:
+        stripped = self._buffer.lstrip()
+        if not stripped:
+            return False
+        if stripped.startswith("{"):
+            self._expect_call(self._skip_space(), self._behind, known_only=True)
+        else:
+            self._state = self._text
+        return True
+
+    def _text(self) -> bool:
+        marker = self._show_until([self.marker])
+        if marker is None:
+            return False
+        self._expect_call(marker, self._behind)
+        return True

@@ -10,7 +10,16 @@ from typing import ClassVar
 from weakref import WeakSet
 
 from agentserve.core.agents.costs import ForwardCosts
-from agentserve.core.agents.policy import Action, Demote, Forecast, Pin, Policy, TurnEvent, TurnKind
+from agentserve.core.agents.policy import (
+    Action,
+    Demote,
+    Forecast,
+    Pin,
+    Policy,
+    TurnEvent,
+    TurnKind,
+    forecast_from_gaps,
+)
 from agentserve.core.agents.registry import AgentRegistry, Session
 from agentserve.core.memory.eviction import Key
 
@@ -89,12 +98,7 @@ class MinWaste(Policy):
         return (0 if session in self._given_up else 1, session.last_used_ns)
 
     def predict(self, session: Session, now_ns: int) -> Forecast | None:
-        if session.idle_since_ns is None:
-            return Forecast(now_ns)
-        if session.is_last_turn:
-            return Forecast(math.inf)
-        gaps = self._registry.gaps.of(session.tool_name, 1)
-        return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
+        return forecast_from_gaps(self._registry, session, now_ns)
 
     def act(self, now_ns: int) -> Iterable[Action]:
         actions, self._actions = self._actions, []

@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
 
 from agentserve.core.agents.costs import ForwardCosts
-from agentserve.core.agents.policy import Action, Forecast, Pin, Policy, TurnEvent, TurnKind
+from agentserve.core.agents.policy import Action, Forecast, Pin, Policy, TurnEvent, TurnKind, forecast_from_gaps
 from agentserve.core.agents.registry import AgentRegistry, GapSamples, Session
 from agentserve.core.memory.eviction import Key
 from agentserve.core.request import Request
@@ -108,12 +107,7 @@ class Ttl(Policy):
         return (session.last_used_ns,)
 
     def predict(self, session: Session, now_ns: int) -> Forecast | None:
-        if session.idle_since_ns is None:
-            return Forecast(now_ns)
-        if session.is_last_turn:
-            return Forecast(math.inf)
-        gaps = self._registry.gaps.of(session.tool_name, 1)
-        return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
+        return forecast_from_gaps(self._registry, session, now_ns)
 
     def act(self, now_ns: int) -> Iterable[Action]:
         actions, self._pins = self._pins, []
