@@ -33,12 +33,17 @@ RETENTION_POLICIES = (
 """What stays in the cache; adr/0015 and `agentserve.core.agents.policies` say what each one does."""
 ORDER_POLICIES = ("default", "fcfs", "program_fcfs", "plas", "fair_share", "srpt")
 """Which call goes first. `default`: admission by arrival, and prompts by `prefill_order`."""
+ADMISSION_POLICIES = ("none", "working_set")
+"""Which calls have to wait although there is memory for them."""
+SPECULATION_POLICIES = ("none", "next_turn", "lost_context")
+"""What is computed of a next prompt before it comes, while a tool runs."""
 POLICY_GROUP = "agentserve.policies"
 """Entry points by which installed packages offer policies of their own."""
 ORACLES = ("belady", "srpt")
 """Policies that know the future: in the simulator only."""
 TIERS = ("host", "cxl", "disk")
 WRITE_BACKS = ("incremental", "on_evict")
+DEFAULT_FLUSH_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +240,12 @@ class EngineConfig:
     """Which cached blocks are kept; one of `RETENTION_POLICIES`."""
     order: str = "default"
     """Which call goes first within its priority; one of `ORDER_POLICIES`."""
+    admission: str = "none"
+    """Which calls have to wait although there is memory for them; one of `ADMISSION_POLICIES`."""
+    speculate: str = "none"
+    """What is computed of a next prompt before it comes, while nobody waits; one of `SPECULATION_POLICIES`."""
+    speculate_tokens: int = 8192
+    """Tokens that are computed like this between two calls of a session, at most."""
     protect_anchors: bool | None = None
     """Whether what several sessions use is kept longer than what one of them uses. None: unless the policy is lru."""
     prediction: bool = True
@@ -255,8 +266,10 @@ class EngineConfig:
             ("prefill_order", PREFILL_ORDERS),
             ("policy", RETENTION_POLICIES),
             ("order", ORDER_POLICIES),
+            ("admission", ADMISSION_POLICIES),
+            ("speculate", SPECULATION_POLICIES),
         ):
-            is_other = name in {"policy", "order"} and is_plugin(getattr(self, name))
+            is_other = name in {"policy", "order", "admission", "speculate"} and is_plugin(getattr(self, name))
             if getattr(self, name) not in allowed and not is_other:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in (
@@ -269,6 +282,7 @@ class EngineConfig:
             "resume_max_steps",
             "max_num_batched_tokens",
             "aging_tokens_per_s",
+            "speculate_tokens",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -295,6 +309,8 @@ class EngineConfig:
             raise ConfigError(
                 "invocation_distance rates what several sessions use by their distances: no protect_anchors"
             )
+        if self.speculate != "none" and not (self.scheduler == "lanes" and self.enable_prefix_caching):
+            raise ConfigError("speculate needs the scheduler lanes, and the prefix cache for what it computes")
         if not 0.0 <= self.prefetch_distance < float("inf"):
             raise ConfigError(f"prefetch_distance must be a number from 0 on, not {self.prefetch_distance}")
         if not 0.0 < self.pin_share <= 1.0:
@@ -380,7 +396,25 @@ def patterns(text: str) -> tuple[str, ...]:
     return tuple(line for line in text.split("\n") if line)
 
 
-_SEPARATORS: Mapping[Callable[[str], Any], str] = {names: ",", patterns: "\n"}
+def allow_rules(text: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """`AGENT=TOOL,TOOL`, one a line."""
+    rules = []
+    for line in patterns(text):
+        agent, equals, tools = line.partition("=")
+        if not equals or not agent.strip():
+            raise ConfigError(f"must be AGENT=TOOL,TOOL or *=TOOL,TOOL for every agent, not {line!r}")
+        rules.append((agent.strip(), names(tools)))
+    return tuple(rules)
+
+
+def plugin(text: str) -> str:
+    """`module:Class`, or the name of an entry point."""
+    if not is_plugin(text):
+        raise ConfigError(f"must be module:Class of a plug-in, or the name under which it is registered, not {text!r}")
+    return text
+
+
+_SEPARATORS: Mapping[Callable[[str], Any], str] = {names: ",", patterns: "\n", allow_rules: "\n"}
 """Of the values of options that may be repeated, by their parser."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -613,6 +647,10 @@ class ServeConfig:
         "incremental", choice(*WRITE_BACKS), "when blocks are copied to the first tier: incremental, before they have "
         "to leave the device, or on_evict", section="cache",
     )  # fmt: skip
+    kv_flush_timeout: float = _option(
+        DEFAULT_FLUSH_TIMEOUT_S, non_negative_float, "seconds for writing cached KV blocks to --kv-disk-path when the "
+        "daemon ends; 0: what is not there by then is lost", section="cache",
+    )  # fmt: skip
     policy: str = _option(
         "lru", servable(RETENTION_POLICIES), "what stays in the cache: " + ", ".join(_servable(RETENTION_POLICIES))
         + ", or a plug-in, module:Class",
@@ -633,6 +671,20 @@ class ServeConfig:
         + ", or a plug-in, module:Class",
         section="scheduler",
     )  # fmt: skip
+    admission: str = _option(
+        "none", servable(ADMISSION_POLICIES), "which calls wait although there is memory for them: none, or "
+        "working_set, those of new programs while the contexts of others fill the cache; or a plug-in, module:Class",
+        section="scheduler",
+    )  # fmt: skip
+    speculate: str = _option(
+        "none", servable(SPECULATION_POLICIES), "while a tool runs and nobody waits, compute what the next prompt of "
+        "its session begins with: none, next_turn (all that is missing), lost_context (what was evicted or is written "
+        "anew), or a plug-in, module:Class",
+        section="scheduler",
+    )  # fmt: skip
+    speculate_tokens: int = _option(
+        8192, positive_int, "speculate: tokens between two calls of a session at most", section="scheduler"
+    )
     token_history: bool = _option(
         True, boolean, "read answers again with the token ids that were generated, so that no prefix breaks there",
         section="cache",
@@ -642,6 +694,14 @@ class ServeConfig:
         (), patterns, "freeze what this regular expression matches in system prompts and descriptions of tools to its "
         "first value in the session", section="cache",
     )  # fmt: skip
+    tool_allow: tuple[tuple[str, tuple[str, ...]], ...] = _option(
+        (), allow_rules, "AGENT=TOOL,TOOL: the only tools that an agent may call, or *=TOOL,TOOL for every agent; "
+        "without a rule it may call all. Patterns such as fs_* are allowed",
+        section="safety",
+    )  # fmt: skip
+    safety: str | None = _option(
+        None, plugin, "plug-in, module:Class, that may refuse tool calls beside --tool-allow", section="safety"
+    )
     seed: int = _option(0, non_negative_int, "seed of dummy weights", section="model")
     record: str | None = _option(None, str, "write the input log of the control plane to FILE", section="logging")
     log_level: str = _option("info", choice("debug", "info", "warning", "error"), "how much to log", section="logging")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -35,7 +36,8 @@ from bench.figures.simulated import Device
 from bench.figures.variants import VARIANTS
 from bench.load.results import conditions
 
-GPUS = ("rtx-5090", "rtx-a5000")
+DEVICES = (("rtx-5090", "qwen2.5-7b"), ("rtx-a5000", "qwen2.5-7b"), ("rtx-pro-6000", "qwen3-32b"))
+"""GPU and model of the runs with six agents. The slower the device, the less happens in a second."""
 WORKLOADS = ("react", "plan_execute", "coding_agent")
 TOOL_PROFILE = "swe-bench"
 """Whose tool times `coding_agent` has in the runs named after it: agents that mostly wait."""
@@ -51,6 +53,7 @@ class Speed:
     """How fast one workload is simulated."""
 
     gpu: str
+    model: str
     workload: str
     variant: str
     num_instances: int
@@ -65,6 +68,9 @@ class Speed:
     num_events: int
     """Batches, tokens, admissions and ends of calls."""
     us_per_event: float
+    events_per_simulated_s: float
+    """1,000,000 / (this * `us_per_event`) is `times_real_time`: what a device does in a second bounds it."""
+    num_calls: int
 
 
 def timed(
@@ -81,7 +87,7 @@ def timed(
 
 
 def measure(
-    gpu: str,
+    device: Device,
     workload: Workload,
     variant: str,
     make: Callable[[], VirtualDriver | Cluster],
@@ -95,14 +101,15 @@ def measure(
     if compare:
         single, single_s = timed(make, workload, rounds, False)
         if single != run:
-            raise RuntimeError(f"{gpu}, {workload.name}: booking steps in one go changes the run")
+            raise RuntimeError(f"{device.profile.name}, {workload.name}: booking steps in one go changes the run")
     num_steps = sum(stats.num_steps for stats in run.stats)
     num_tokens = sum(stats.num_generated_tokens for stats in run.stats)
     num_batches = sum(stats.num_batches_prefill + stats.num_batches_decode for stats in run.stats)
     num_events = num_batches + num_tokens + 2 * len(run.records)
     simulated_s = max(record.finished_ns for record in run.records) / 1e9
     return Speed(
-        gpu=gpu,
+        gpu=device.profile.name,
+        model=device.model,
         workload=workload.name,
         variant=variant,
         num_instances=len(run.stats),
@@ -115,18 +122,19 @@ def measure(
         num_tokens=num_tokens,
         num_events=num_events,
         us_per_event=round(wall_s * 1e6 / num_events, 2),
+        events_per_simulated_s=round(num_events / simulated_s, 1),
+        num_calls=len(run.records),
     )
 
 
-def six_agents(gpu: str, name: str, variant: str, rounds: int, tools: str | None = None) -> Speed:
+def six_agents(device: Device, name: str, variant: str, rounds: int, tools: str | None = None) -> Speed:
     """Six agents on one instance; `tools`: a profile that tool times are drawn from."""
-    device = Device.load(gpu, "qwen2.5-7b")
     workload = make_workload(name, num_agents=6, seed=0)
     if tools is not None:
         workload = with_tool_times(workload, load_tool_profile(tools), 0)
         workload = dataclasses.replace(workload, name=f"{name}, tools={tools}")
     return measure(
-        gpu, workload, variant, lambda: device.driver(VARIANTS[variant], workload), rounds=rounds, compare=True
+        device, workload, variant, lambda: device.driver(VARIANTS[variant], workload), rounds=rounds, compare=True
     )
 
 
@@ -148,7 +156,7 @@ def many_programs(gpu: str, num_programs: int, num_instances: int, rounds: int, 
         router = build_router("session_affinity", overload="wait", overload_calls=16)
         return Cluster([build_instance(header) for _ in range(num_instances)], router)
 
-    return measure(gpu, workload, "predictive", make, rounds=rounds, compare=compare)
+    return measure(device, workload, "predictive", make, rounds=rounds, compare=compare)
 
 
 def fit(speeds: Sequence[Speed]) -> tuple[float, float, float]:
@@ -194,19 +202,19 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     console = Console()
     alone = [
-        six_agents(gpu, name, variant, arguments.rounds, tools)
-        for gpu in GPUS
+        six_agents(device, name, variant, arguments.rounds, tools)
+        for device in itertools.starmap(Device.load, DEVICES)
         for name, tools in (*((name, None) for name in WORKLOADS), ("coding_agent", TOOL_PROFILE))
         for variant in ("predictive", "static", "chunked")
     ]
-    _print("six agents on one instance, qwen2.5-7b", alone, console)
-    growing = [many_programs(GPUS[0], size, arguments.instances, 1, False) for size in SIZES]
+    _print("six agents on one instance", alone, console)
+    growing = [many_programs(DEVICES[0][0], size, arguments.instances, 1, False) for size in SIZES]
     _print("cost against events", growing, console)
     slope_us, rest_ms, explained = fit(growing)
     console.print(f"{slope_us:.2f} us an event, {rest_ms:+.1f} ms besides, R² = {explained:.4f}")
     large = []
     if arguments.programs:
-        large = [many_programs(GPUS[1], arguments.programs, arguments.instances, 1, True)]
+        large = [many_programs(DEVICES[1][0], arguments.programs, arguments.instances, 1, True)]
         _print("many programs", large, console)
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw(growing, arguments.out / "sim_speed.png")
@@ -223,14 +231,17 @@ def main(argv: Sequence[str]) -> int:
 
 def _print(title: str, speeds: Sequence[Speed], console: Console) -> None:
     table = Table(title=title)
-    for name in ("gpu", "workload", "variant"):
+    for name in ("gpu", "model", "workload", "variant"):
         table.add_column(name)
-    for name in ("instances", "programs", "simulated, s", "wall, s", "x real time", "single steps, s", "us an event"):
+    for name in ("instances", "programs", "simulated, s", "wall, s", "x real time", "single steps, s"):
+        table.add_column(name, justify="right")
+    for name in ("events a simulated s", "us an event"):
         table.add_column(name, justify="right")
     for s in speeds:
         single = "" if s.single_steps_wall_s is None else str(s.single_steps_wall_s)
-        numbers = (s.num_instances, s.num_programs, s.simulated_s, s.wall_s, s.times_real_time, single, s.us_per_event)
-        table.add_row(s.gpu, s.workload, s.variant, *map(str, numbers))
+        numbers = (s.num_instances, s.num_programs, s.simulated_s, s.wall_s, s.times_real_time, single)
+        bounds = (s.events_per_simulated_s, s.us_per_event)
+        table.add_row(s.gpu, s.model, s.workload, s.variant, *map(str, (*numbers, *bounds)))
     console.print(table)
 
 

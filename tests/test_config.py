@@ -34,9 +34,24 @@ def test_lists_and_numbers_from_a_file() -> None:
     assert resolved.config.sse_ping_interval == 0.5
 
 
+def test_rules_about_tools_come_from_everywhere_in_one_form() -> None:
+    rules = (("reviewer", ("read_file", "grep")), ("*", ("ls",)), ("mute", ()))
+    lines = ["reviewer=read_file, grep", "*=ls", "mute="]
+    for given in (
+        resolve({"tool_allow": "\n".join(lines)}, {}, {}),
+        resolve({}, {"AGENTSERVE_TOOL_ALLOW": "\n".join(lines)}, {}),
+        resolve({}, {}, {"safety": {"tool_allow": lines}}),
+    ):
+        assert given.config.tool_allow == rules
+
+
 @pytest.mark.parametrize(
     ("cli", "env", "file", "message"),
     [
+        ({"tool_allow": "read_file"}, {}, {}, "--tool-allow: must be AGENT=TOOL,TOOL"),
+        ({"tool_allow": "=read_file"}, {}, {}, "--tool-allow: must be AGENT=TOOL,TOOL"),
+        ({"safety": "nobody"}, {}, {}, "--safety: must be module:Class"),
+        ({"admission": "first"}, {}, {}, "--admission: must be one of none, working_set"),
         ({"port": "70000"}, {}, {}, "--port: must be a port"),
         ({"port": "x"}, {}, {}, "--port: must be a whole number"),
         ({"max_model_len": "0"}, {}, {}, "--max-model-len: must be a positive number"),

@@ -98,6 +98,9 @@ def _assemble(
         prefill_order=config.prefill_order,
         policy=config.policy,
         order=config.order,
+        admission=config.admission,
+        speculate=config.speculate,
+        speculate_tokens=config.speculate_tokens,
         protect_anchors=config.protect_anchors,
         prefetch_distance=config.prefetch_distance,
         prediction=config.prediction,
@@ -125,13 +128,14 @@ def _assemble(
     header = calibrated(header, parts, report)
     bridge = EventBridge()
     driver = LiveDriver(
-        build_core(header, with_plugins(config.policy, config.order)),
+        build_core(header, with_plugins(config.policy, config.order, config.admission, config.speculate)),
         parts.executor,
         MonotonicClock(),
         on_events=bridge.on_events,
         on_failure=bridge.on_failure,
         tier_contents=parts.tier_contents,
         recorder=Recorder(Path(config.record), header) if config.record else None,
+        flush_timeout_s=0.0 if config.kv_disk_path is None else config.kv_flush_timeout,
     )
     client = EngineClient(
         driver if parts.script is None else ScriptDriver(driver, parts.script),

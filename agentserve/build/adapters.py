@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 
 from agentserve.config import AdapterConfig, LoraConfig, ServeConfig
@@ -46,6 +47,23 @@ def simulated_lora(
     configs = tuple(AdapterConfig(name, num_elements * element_size, model.num_layers) for name in names)
     link = host_link(profile_name)
     return LoraConfig(configs, min(max_loras, len(configs)), link.bytes_per_s, link.latency_ns)
+
+
+def recorded_lora(lora: LoraConfig, max_loras: int | None, profile_name: str | None) -> LoraConfig:
+    """The adapters of a recording on a device that may be another one.
+
+    Args:
+        lora: as recorded.
+        max_loras: how many fit the device; None: as recorded.
+        profile_name: of the other device, whose link to the host they come over; None: it is the same one.
+    """
+    max_resident = lora.max_resident if max_loras is None else min(max_loras, len(lora.adapters))
+    if profile_name is None:
+        return dataclasses.replace(lora, max_resident=max_resident)
+    link = host_link(profile_name)
+    return dataclasses.replace(
+        lora, max_resident=max_resident, read_bytes_per_s=link.bytes_per_s, latency_ns=link.latency_ns
+    )
 
 
 def slot_bytes(model: ModelConfig, rank: int, num_slots: int, element_size: int) -> int:

@@ -11,9 +11,18 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
-from agentserve.config import ORDER_POLICIES, POLICY_GROUP, RETENTION_POLICIES
+from agentserve.config import (
+    ADMISSION_POLICIES,
+    ORDER_POLICIES,
+    POLICY_GROUP,
+    RETENTION_POLICIES,
+    SPECULATION_POLICIES,
+    ServeConfig,
+)
 from agentserve.core.agents.factory import POLICIES, PolicyContext, PolicyFactory
+from agentserve.core.agents.policies.tool_allow import ToolAllowList
 from agentserve.core.agents.policy import Policy
+from agentserve.core.agents.registry import AgentRegistry
 from agentserve.errors import ConfigError
 
 
@@ -24,9 +33,18 @@ def with_plugins(*names: str) -> Mapping[str, PolicyFactory]:
 
     Raises ConfigError, which names the plug-in, if it cannot be imported, is no policy or is registered twice.
     """
-    known = {*POLICIES, *RETENTION_POLICIES, *ORDER_POLICIES}
+    known = {*POLICIES, *RETENTION_POLICIES, *ORDER_POLICIES, *ADMISSION_POLICIES, *SPECULATION_POLICIES}
     added = {name: _factory(name, _load(name)) for name in names if name not in known}
     return MappingProxyType({**POLICIES, **added})
+
+
+def safety_policies(config: ServeConfig) -> list[Policy]:
+    """Who may refuse tool calls. Raises ConfigError for a plug-in that cannot be made."""
+    policies: list[Policy] = [ToolAllowList(config.tool_allow)] if config.tool_allow else []
+    if config.safety is not None:
+        context = PolicyContext(config.safety, AgentRegistry(), costs=None, swap_ns=None)
+        policies.append(with_plugins(config.safety)[config.safety](context))
+    return policies
 
 
 def _load(name: str) -> object:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from agentserve.build.adapters import simulated_lora
+from agentserve.build.adapters import recorded_lora, simulated_lora
 from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
 from agentserve.build.policies import with_plugins
-from agentserve.config import ControlConfig, EngineConfig, is_plugin
+from agentserve.config import ControlConfig, EngineConfig, LoraConfig, is_plugin
 from agentserve.core.costmodel import CostModel
 from agentserve.errors import ConfigError, WorkloadError
 from agentserve.executors.simulated.executor import SimulatedExecutor
@@ -47,6 +47,9 @@ _ENGINE = (
     "prefill_chunk",
     "policy",
     "order",
+    "admission",
+    "speculate",
+    "speculate_tokens",
     "protect_anchors",
     "prefetch_distance",
     "prediction",
@@ -87,7 +90,8 @@ def build_instance(header: Header) -> Instance:
         tiering=config.tiering,
         lora=config.lora,
     )
-    return Instance(build_core(header, with_plugins(config.policy, config.order)), executor)
+    policies = with_plugins(config.policy, config.order, config.admission, config.speculate)
+    return Instance(build_core(header, policies), executor)
 
 
 def build_driver(header: Header) -> VirtualDriver:
@@ -252,18 +256,33 @@ def _recorded_header(cell: Cell, header: Header) -> Header:
 
 
 def _with_adapters(cell: Cell, header: Header, workload: Workload) -> Header:
-    """The header with the adapters that the programs name. Raises ConfigError for options about them without any."""
+    """The header with the adapters that the programs name: those of the recording, if there is one and nothing is said
+    of their size, else made up.
+
+    Raises ConfigError for options about adapters without any.
+    """
     names = sorted({program.adapter for program in workload.programs if program.adapter is not None})
     if not names:
         for name in ("max_loras", "lora_rank"):
             if getattr(cell, name) is not None:
                 raise ConfigError(f"{flag(name)}: no program of {cell.workload} names an adapter")
         return header
-    model = resolve_model(header.model).config
     assert header.device is not None
+    lora = header.config.lora
+    if lora is not None and cell.model is None and cell.dtype is None and cell.lora_rank is None:
+        is_same_device = cell.gpu is None and cell.profile is None
+        lora = recorded_lora(lora, cell.max_loras, None if is_same_device else header.device.name)
+    else:
+        lora = _made_up_adapters(cell, header, names)
+    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora=lora))
+
+
+def _made_up_adapters(cell: Cell, header: Header, names: Collection[str]) -> LoraConfig | None:
+    model = resolve_model(header.model).config
     if model is None:
         raise ConfigError(f"the shape of {header.model} is not known, so its adapters have no size")
-    lora = simulated_lora(
+    assert header.device is not None
+    return simulated_lora(
         names,
         model,
         rank=cell.lora_rank or _LORA_RANK,
@@ -271,7 +290,6 @@ def _with_adapters(cell: Cell, header: Header, workload: Workload) -> Header:
         element_size=_ELEMENT_SIZES[cell.dtype or "bfloat16"],
         profile_name=header.device.name,
     )
-    return dataclasses.replace(header, config=dataclasses.replace(header.config, lora=lora))
 
 
 def _with_tiers(cell: Cell, header: Header) -> tuple[Header, tuple[str, ...]]:
@@ -322,7 +340,7 @@ def _check_control(cell: Cell, config: EngineConfig) -> None:
 
 def _check_plugins(cell: Cell, config: EngineConfig) -> None:
     """Raises ConfigError for a plug-in that only a recording names: reading a file must not run code that it names."""
-    for name in ("policy", "order"):
+    for name in ("policy", "order", "admission", "speculate"):
         value = getattr(config, name)
         if is_plugin(value) and getattr(cell, name) != value:
             raise ConfigError(f"it was recorded with the plug-in {value}: {flag(name)} {value} uses it, or another one")

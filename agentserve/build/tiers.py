@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from agentserve.config import ServeConfig, TierConfig, TieringConfig
+from agentserve.config import DEFAULT_FLUSH_TIMEOUT_S, ServeConfig, TierConfig, TieringConfig
 from agentserve.errors import ConfigError
 from agentserve.models.fingerprint import weights_fingerprint
 from agentserve.models.registry import ModelSource
@@ -26,6 +26,8 @@ _DISK_LATENCY_NS = 200_000
 def check_tiers(config: ServeConfig, kind: str) -> None:
     """Refuses, before a model is loaded, what cannot be. `kind` is that of the executor. Raises ConfigError."""
     has_disk = config.kv_disk_size > 0.0
+    if config.kv_disk_path is None and config.kv_flush_timeout != DEFAULT_FLUSH_TIMEOUT_S:
+        raise ConfigError("--kv-flush-timeout needs --kv-disk-path")
     if not has_disk and not config.kv_offloading_size:
         if config.kv_write_back != "incremental":
             raise ConfigError("--kv-write-back needs --kv-offloading-size or --kv-disk-size")

@@ -15,8 +15,11 @@ from agentserve.cli.options import add_options, resolve_options
 from agentserve.config import Resolved, ServeConfig
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from agentserve.build import Engine
     from agentserve.cli.types import Verbs
+    from agentserve.core.agents.policy import Policy
     from agentserve.server.state import ServerOptions
 
 logger = logging.getLogger("agentserve")
@@ -48,10 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
     check_address(config)
     # Imported here, so that `--help` and wrong options answer at once.
     from agentserve.build import build_engine
+    from agentserve.build.policies import safety_policies
 
+    safety = safety_policies(config)
     engine = build_engine(config, report=logger.info)
     try:
-        asyncio.run(_serve(engine, resolved))
+        asyncio.run(_serve(engine, resolved, safety))
     finally:
         engine.stop()
     return 0
@@ -98,7 +103,7 @@ def server_options(engine: Engine, config: ServeConfig) -> ServerOptions:
     )
 
 
-async def _serve(engine: Engine, resolved: Resolved) -> None:
+async def _serve(engine: Engine, resolved: Resolved, safety: Sequence[Policy]) -> None:
     from agentserve.server.answer_format import AnswerSupport
     from agentserve.server.app import run_server
     from agentserve.server.caching import CacheOptions
@@ -118,7 +123,9 @@ async def _serve(engine: Engine, resolved: Resolved) -> None:
             has_prefix_cache=config.prefix_caching,
             token_history_bytes=config.token_history_size if config.token_history else 0,
             stabilize=config.stabilize,
+            speculates=engine.engine_config.speculate != "none",
         ),
+        safety=safety,
         engine_failure=lambda: engine.driver.failure,
     )
     await run_server(state, on_ready=lambda host, port: _print_banner(engine, host, port))

@@ -20,7 +20,6 @@ Vidur (section 4). `core/device.py` says what each parameter means.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from agentserve.core.batch import BatchShape, Lane
@@ -126,9 +125,7 @@ class CostModel:
 
     def work_ns(self, shape: BatchShape, units: int) -> float:
         """What `units` compute units need for a batch, without overheads and a neighbour."""
-        rates = self._rates.get(units)
-        if rates is None:
-            rates = self._rates[units] = _Rates(self.device, self.model, units)
+        rates = self._rates.get(units) or self._rates_of(units)
         num_prefill_tokens = shape.num_prefill_tokens
         key = (shape.num_decodes + num_prefill_tokens, shape.num_samples)
         duration = rates.dense.get(key)
@@ -142,17 +139,20 @@ class CostModel:
             duration += self._decode_attention(shape, rates) + self._tiled_attention(shape, rates, 0)
         return duration
 
-    def decode_durations(self, shape: BatchShape, partition: SlotPartition, co_running: bool) -> Iterator[int]:
-        """Durations of the decode batches that follow one of this shape, each request with one more token each time.
+    def decode_durations(self, shape: BatchShape, partition: SlotPartition, co_running: bool, count: int) -> list[int]:
+        """Durations of `count` decode batches: one of this shape, and those that follow it, all with the same requests.
 
-        The same numbers as `duration_ns` has for each of them.
+        Each request has one token more each time. The same numbers as `duration_ns` has for each of them.
         """
         contention = self.contention(_DECODE, partition) if co_running else 1.0
         num_decodes, context = shape.num_decodes, shape.num_decode_context
-        while True:
-            context += num_decodes
-            work_ns = self.work_ns(BatchShape(num_decodes, context, num_samples=num_decodes), partition.decode_units)
-            yield self.stretched_ns(work_ns, contention)
+        rates = self._rates_of(partition.decode_units)
+        dense = self._dense(rates, num_decodes, num_decodes)
+        kv_token, sequences, overhead_ns = rates.kv_token, self._sequence_ns * num_decodes, self._overhead_ns
+        return [
+            round((dense + (kv_token * tokens + sequences)) * contention + overhead_ns)
+            for tokens in range(context, context + num_decodes * count, num_decodes)
+        ]
 
     def contention(self, lane: Lane, partition: SlotPartition) -> float:
         """Factor on a batch's time in this lane while the other lane is busy."""
@@ -161,6 +161,12 @@ class CostModel:
         if lane is _DECODE:
             return factors.decode_split * split + factors.decode_cap * cap + factors.decode_shared * shared
         return factors.prefill_split * split + factors.prefill_cap * cap + factors.prefill_shared * shared
+
+    def _rates_of(self, units: int) -> _Rates:
+        rates = self._rates.get(units)
+        if rates is None:
+            rates = self._rates[units] = _Rates(self.device, self.model, units)
+        return rates
 
     def _rows_of(self, num_tokens: int) -> float:
         rows = self._rows.get(num_tokens)
@@ -222,6 +228,12 @@ class CostModel:
         reads = min(self._group, max(1.0, self._group * num_decodes / units + self.device.cache_misalignment))
         lost = 1.0 - self._cached_tokens / max(1, shape.num_decode_context)
         return 1.0 + (reads - 1.0) * lost if lost > 0 else 1.0
+
+
+def prompt_shape(num_tokens: int, start: int = 0) -> BatchShape:
+    """A batch of one chunk of a prompt that is not finished by it; `start`: tokens before it."""
+    end, num_pairs = start + num_tokens, num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return BatchShape(0, 0, 1, num_tokens, end, num_pairs, 0, end)
 
 
 def overlap_of(lane: Lane, partition: SlotPartition) -> tuple[float, float, float]:

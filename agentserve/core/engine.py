@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from agentserve.config import EngineConfig
@@ -15,16 +15,20 @@ from agentserve.core.decode_run import DecodePlan, DecodeRun, TokenSource
 from agentserve.core.events import (
     Command,
     EngineEvent,
+    FlushTiers,
+    NoteTurn,
     PrefillProgress,
     RequestAdmitted,
     RequestFinished,
     RequestPreempted,
     RequestStats,
     SetDistances,
+    Speculate,
     SubmitRequest,
     TokenGenerated,
 )
 from agentserve.core.executor import Report
+from agentserve.core.memory.answers import ReadTokens, Whereabouts
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.memory.modules import AdapterModule
 from agentserve.core.memory.residency import RecomputeCost
@@ -83,7 +87,7 @@ class EngineCore:
             recompute_ns=recompute_ns,
         )
         if config.lora is not None:
-            self.memory.adapters = AdapterModule(config.lora)
+            self.memory.adapters = AdapterModule(config.lora, queue=self.memory.loads)
         self._scheduler = build_scheduler(config, self.memory, table, controller)
         self.agents = AgentRuntime(config, self.memory, seats or build_policies(config, None))
         self._requests: dict[str, Request] = {}
@@ -101,9 +105,21 @@ class EngineCore:
         """Whether a request has not had its terminal event yet."""
         return bool(self._requests)
 
+    @property
+    def is_speculating(self) -> bool:
+        """Whether something is being computed that nobody waits for."""
+        return self._scheduler.speculation.request is not None
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether KV blocks are being copied between tiers."""
+        return self.memory.residency is not None and self.memory.residency.is_busy
+
     def next_deadline_ns(self) -> int | None:
         """When the next timer is due, or None: the policies' timers count only while somebody waits."""
-        return self.agents.next_deadline_ns() if self._scheduler.waiting else None
+        if self.agents.is_behind:
+            return self._last_now_ns
+        return self.agents.next_deadline_ns() if self._scheduler.waiting or self.agents.held else None
 
     def step(self, now_ns: int, completions: Sequence[Report], commands: Sequence[Command]) -> StepResult:
         """Takes what happened and decides what happens next.
@@ -126,14 +142,9 @@ class EngineCore:
             else:
                 self._complete(output, now_ns, events)
         for command in commands:
-            if isinstance(command, SubmitRequest):
-                self._submit(command, now_ns, events)
-            elif isinstance(command, SetDistances):
-                self.agents.set_distances(command, now_ns)
-            else:
-                self._end(command.request_id, command.reason, now_ns, events)
+            self._obey(command, now_ns, events)
         batches = self._schedule(now_ns, events)
-        return StepResult(tuple(events), tuple(batches), self._start_transfers())
+        return StepResult(tuple(events), tuple(batches), tuple(self.memory.start_transfers()))
 
     # ---- runs of decode steps ----
 
@@ -145,7 +156,8 @@ class EngineCore:
         if not self.agents.is_active:
             return self._scheduler.decode_plan(settled=settled)
         # Policies act at every step, but only on what they were told and on their deadlines.
-        plan = None if self._has_told_policies else self._scheduler.decode_plan(settled=settled)
+        is_calm = not (self._has_told_policies or self.agents.is_behind or self.agents.may_speculate(self._scheduler))
+        plan = self._scheduler.decode_plan(settled=settled) if is_calm else None
         return None if plan is None else dataclasses.replace(plan, before_ns=self.agents.next_deadline_ns())
 
     def run_decodes(self, plan: DecodePlan, started_ns: int, ends_ns: Sequence[int], tokens: TokenSource) -> StepResult:
@@ -170,27 +182,52 @@ class EngineCore:
         self._num_generated_tokens += run.num_steps * run.num_decodes
         events: list[EngineEvent] = []
         batches = self._schedule(now_ns, events)
-        return StepResult(tuple(events), tuple(batches), self._start_transfers(), run)
-
-    def _start_transfers(self) -> tuple[TransferOrder, ...]:
-        """The copies that the executor is to make now."""
-        adapters = self.memory.adapters
-        transfers = self.memory.start_transfers()
-        return tuple(transfers) if adapters is None else (*transfers, *adapters.start())
+        return StepResult(tuple(events), tuple(batches), tuple(self.memory.start_transfers()), run)
 
     def _schedule(self, now_ns: int, events: list[EngineEvent]) -> list[Batch]:
         """Lets the policies act, fills the idle lanes, and tells the policies what came of it."""
         agents = self.agents
         if agents.is_active:
             agents.act(now_ns, self._scheduler)
+            self._queue_released()
         num_events = len(events)
         batches = self._scheduler.schedule(now_ns, events)
         agents.scheduled(events[num_events:])
         self._has_told_policies = any(isinstance(e, RequestAdmitted | RequestPreempted) for e in events[num_events:])
-        events += agents.settle(now_ns, self._scheduler)
+        failures = agents.settle(now_ns, self._scheduler)
+        events += failures
+        if failures and self._queue_released():
+            batches += self._schedule(now_ns, events)
         return batches
 
+    def _queue_released(self) -> bool:
+        """Queues the calls that are not held back any more; whether there are any."""
+        released = self.agents.held.take_released()
+        for request in released:
+            self._queue(request)
+        return bool(released)
+
+    def _queue(self, request: Request) -> None:
+        if self._scheduler.waiting.add(request):
+            self.agents.counts["reorders"] += 1
+        if self.memory.adapters is not None:
+            self.memory.adapters.on_request(request)
+
     # ---- commands ----
+
+    def _obey(self, command: Command, now_ns: int, events: list[EngineEvent]) -> None:
+        if isinstance(command, SubmitRequest):
+            self._submit(command, now_ns, events)
+        elif isinstance(command, FlushTiers):
+            self.memory.flush()
+        elif isinstance(command, SetDistances):
+            self.agents.set_distances(command, now_ns)
+        elif isinstance(command, NoteTurn):
+            self.agents.note_turn(command, now_ns)
+        elif isinstance(command, Speculate):
+            self.agents.predicted(command)
+        else:
+            self._end(command.request_id, command.reason, now_ns, events)
 
     def _submit(self, command: SubmitRequest, now_ns: int, events: list[EngineEvent]) -> None:
         assert command.request_id not in self._requests, f"request id {command.request_id} is in use"
@@ -213,17 +250,16 @@ class EngineCore:
         self._sequence += 1
         self._requests[request.request_id] = request
         self.agents.submitted(request, command, now_ns)
-        if self._scheduler.waiting.add(request):
-            self.agents.counts["reorders"] += 1
-        num_tokens, limit = request.num_prompt_tokens, self.config.max_model_len
+        num_tokens, limit, error = request.num_prompt_tokens, self.config.max_model_len, None
         if not 1 <= num_tokens < limit:
             # The door has checked this for HTTP requests; a recording or a simulated workload has no door.
             error = f"the prompt has {num_tokens} tokens; it must have at least 1 and fewer than {limit}"
-            self._finish(request, FinishReason.ERROR, now_ns, events, error)
         elif not is_known:
-            self._finish(request, FinishReason.ERROR, now_ns, events, f"there is no adapter {adapter!r}")
-        elif adapters is not None:
-            adapters.on_request(request)
+            error = f"there is no adapter {adapter!r}"
+        if error is not None or not self.agents.holds(request, now_ns):
+            self._queue(request)
+        if error is not None:
+            self._finish(request, FinishReason.ERROR, now_ns, events, error)
 
     def _end(self, request_id: str, reason: FinishReason, now_ns: int, events: list[EngineEvent]) -> None:
         request = self._requests.get(request_id)
@@ -241,18 +277,30 @@ class EngineCore:
         assert batch is not None and batch.batch_id == output.batch_id, f"unexpected {output}"
         still_flying = self._scheduler.batch_done(output)
         self._num_batches[output.lane] += 1
-        samples = {sample.request_id: sample for sample in output.samples}
+        samples, error = iter(output.samples), output.error
         for chunk in batch.chunks:
             request_id = chunk.request_id
+            sample = None if chunk.sample is None else next(samples, None)
             request = self._requests.get(request_id)
-            if request is None:  # it ended with a token that was not known when this batch was made
-                self._scheduler.drained(request_id)
+            if request is None:
+                piece = self._scheduler.speculation.request
+                if piece is not None and piece.request_id == request_id:
+                    self._speculated(chunk, output)
+                else:  # it ended with a token that was not known when this batch was made
+                    self._scheduler.drained(request_id)
                 continue
             request.in_flight = request_id in still_flying
-            if output.error is not None:
-                self._finish(request, FinishReason.ERROR, now_ns, events, output.error)
-            else:
-                self._advance(request, chunk, samples.get(request_id), now_ns, events)
+            if error is not None:
+                self._finish(request, FinishReason.ERROR, now_ns, events, error)
+                continue
+            assert sample is None or sample.request_id == request_id, f"the samples of {output} are out of order"
+            self._advance(request, chunk, sample, now_ns, events)
+
+    def _speculated(self, chunk: ScheduledChunk, output: BatchOutput) -> None:
+        """Books a chunk that nobody waits for."""
+        if output.error is None:
+            self.agents.speculated(chunk.start, chunk.end)
+        self._scheduler.speculated(chunk.end if output.error is None else None)
 
     def _transferred(self, output: TransferOutput, now_ns: int, events: list[EngineEvent]) -> None:
         """Books a copy between tiers; the last one that a request waits for lets it run."""
@@ -296,7 +344,8 @@ class EngineCore:
         end = chunk.start + len(chunk.token_ids)
         was_prefilling = request.num_computed_tokens < request.prefill_target
         request.num_computed_tokens = end
-        self.memory.commit(request_id, request.token_ids, end)
+        if end >= request.commit_at:
+            request.commit_at = self.memory.commit(request_id, request.token_ids, end)
         if was_prefilling:
             self._num_computed_prefill_tokens += chunk.num_tokens
             self._scheduler.prefill_advanced(request)
@@ -328,7 +377,8 @@ class EngineCore:
         events: list[EngineEvent],
         error: str | None = None,
     ) -> None:
-        self._scheduler.drop(request)
+        if request not in self.agents.held:  # those are in no queue of the scheduler
+            self._scheduler.drop(request)
         request.status = RequestStatus.FINISHED
         del self._requests[request.request_id]
         stats = RequestStats(
@@ -347,12 +397,26 @@ class EngineCore:
 
     # ---- views ----
 
+    def locate(self, sequences: Iterable[ReadTokens]) -> Whereabouts:
+        """Where the KV of sequences of tokens is. O(their blocks); changes nothing."""
+        adapters = self.memory.adapters
+        return self.memory.locate(
+            (token_ids, salt if adapters is None else adapters.salt(salt, adapter))
+            for token_ids, salt, adapter in sequences
+        )
+
+    def pins_end_ns(self, session_ids: Iterable[str]) -> int | None:
+        """When the last pin of these sessions ends; None if there is none, or none that ends before the next call."""
+        sessions = (self.agents.registry.sessions.get(session_id) for session_id in session_ids)
+        ends_ns = (s.pinned_until_ns for s in sessions if s is not None and not s.num_waiting)
+        return max((end_ns for end_ns in ends_ns if end_ns is not None), default=None)
+
     def stats(self) -> EngineStats:
         """A snapshot of the counters."""
         scheduler, memory = self._scheduler, self.memory
         return EngineStats(
             num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
+            num_waiting=len(scheduler.waiting) + len(self.agents.held),
             num_blocks=memory.num_blocks,
             num_free_blocks=memory.num_free_blocks,
             num_cached_blocks=memory.num_cached_blocks,
@@ -376,11 +440,13 @@ class EngineCore:
         self.memory.check_invariants()
         self._scheduler.check_invariants()
         self.agents.check_invariants()
-        queued = {r.request_id for r in self._scheduler.running} | {r.request_id for r in self._scheduler.waiting}
-        assert queued == set(self._requests), "a request is lost or queued twice"
-        assert len(queued) == len(self._scheduler.running) + len(self._scheduler.waiting)
-        if self.has_unfinished:
+        places = (self._scheduler.running, self._scheduler.waiting, self.agents.held)
+        queued = [request.request_id for place in places for request in place]
+        assert sorted(queued) == sorted(self._requests), "a request is lost or queued twice"
+        if self.has_unfinished or self.is_speculating:
             # Liveness: something must be under way that will wake the driver.
             is_copying = self.memory.residency is not None and self.memory.residency.is_busy
             is_copying |= self.memory.adapters is not None and self.memory.adapters.is_busy
-            assert self._scheduler.in_flight or is_copying, "requests are unfinished, but nothing will wake them"
+            is_timed = bool(self.agents.held) and self.next_deadline_ns() is not None
+            is_busy = self._scheduler.in_flight or is_copying or is_timed
+            assert is_busy, "requests are unfinished, but nothing will wake them"

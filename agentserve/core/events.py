@@ -13,6 +13,9 @@ from agentserve.core.controllers import Decision
 from agentserve.core.records import record
 from agentserve.core.request import FinishReason, SamplingParams
 
+HUMAN = "(human)"
+"""In place of a tool's name, for an answer that calls no tool: whoever reads it takes the time until the next call."""
+
 # ---- commands ----
 
 
@@ -47,7 +50,8 @@ class SubmitRequest:
     program_id: str | None = None
     """The task that this call is a part of, if it has several sessions; None: the session is the task."""
     tool_name: str | None = None
-    """The tool that runs after this call, if that is known. Policies use it once the call has ended."""
+    """The tool that runs after this call, if that is known before it; see `NoteTurn`. Policies use it once the call has
+    ended."""
     is_last_turn: bool | None = None
     """Whether the task ends with this call; None: nobody knows. Policies use it once the call has ended."""
     foresight: Foresight | None = None
@@ -80,7 +84,37 @@ class EndRequest:
     reason: FinishReason = FinishReason.CANCELLED
 
 
-Command: TypeAlias = SubmitRequest | EndRequest | SetDistances
+@dataclass(frozen=True, slots=True)
+class NoteTurn:
+    """What a call that has ended was found to end with, once its answer was read.
+
+    Ignored if its session has gone on meanwhile.
+    """
+
+    request_id: str
+    tool_name: str
+    """The tool that runs now, `HUMAN` if it is none. An answer with calls of several tools has all their names, in
+    alphabetical order with `+` between them: the time until all of them are done is no single tool's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speculate:
+    """What the next prompt of a session begins with is known, while a tool runs: see `core.agents.speculation`.
+
+    Ignored if its session has gone on meanwhile, or if nobody speculates. It may come before the call has ended.
+    """
+
+    request_id: str
+    """The call whose answer asked for the tool: the next prompt has its session, salt and adapter."""
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FlushTiers:
+    """The engine is about to end: whatever is cached goes to the tier that outlives it, the most valuable first."""
+
+
+Command: TypeAlias = SubmitRequest | EndRequest | SetDistances | NoteTurn | Speculate | FlushTiers
 
 # ---- events ----
 

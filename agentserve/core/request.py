@@ -139,6 +139,12 @@ class Request:
     """The same for the latest admission (they differ after a preemption)."""
     prefill_target: int = field(init=False)
     """Tokens to compute before the next one is sampled: prompt, plus output so far after a preemption."""
+    block_ids: tuple[int, ...] = ()
+    """The blocks of its first `num_block_tokens` tokens, when it decodes: kept until it needs another one."""
+    num_block_tokens: int = 0
+    """0: the memory must be asked."""
+    commit_at: int = 0
+    """Computed tokens at which the memory must be told. Fewer than these fill no block."""
     in_flight: bool = False
     """Whether a batch with it is in flight; there may be two, if the scheduler looked ahead."""
     num_preemptions: int = 0

@@ -24,6 +24,10 @@ class TierStats:
     """Copied from it to the device."""
     num_dropped_blocks: int
     """Blocks that left the place above it and were not taken in: not worth it, or not copied in time."""
+    num_loads: int
+    """Copies from it to the device, each of one or more blocks."""
+    num_stores: int
+    """The same for copies into it."""
     num_failed_transfers: int
 
 
@@ -37,6 +41,8 @@ class PolicyStats:
     """How often each of their means was used, by name: `pins_held`, `reorders` and the like."""
     failures: Mapping[str, str] = field(default_factory=dict)
     """Policies that raised, by name, and what."""
+    admission: str = "none"
+    speculation: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ class AdapterStats:
     """Loads that were interrupted by more urgent ones."""
     num_failed_loads: int
     loaded_bytes: int
+    load_ns: int
+    """Time that copies of adapters to the device took, all in all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from agentserve.core.batch import TokenSample
+from agentserve.core.engine import EngineCore
 from agentserve.core.events import (
     Command,
     EndRequest,
     EngineEvent,
+    NoteTurn,
     PrefillProgress,
     RequestAdmitted,
     RequestFinished,
     RequestStats,
     SetDistances,
+    Speculate,
     SubmitRequest,
     TokenGenerated,
 )
+from agentserve.core.memory.answers import ReadTokens, Whereabouts
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.errors import (
@@ -74,6 +80,9 @@ MAX_UNREAD_TOKENS = 16_384
 """Tokens that a stream keeps for a consumer that does not read; a few megabytes."""
 
 
+_T = TypeVar("_T")
+
+
 class Driver(Protocol):
     """What the client needs of whoever runs the core."""
 
@@ -82,6 +91,10 @@ class Driver(Protocol):
         ...
 
     def stats(self) -> EngineStats: ...
+
+    def ask(self, question: Callable[[EngineCore, int], _T]) -> Future[_T]:
+        """Has a question answered on the engine thread. Raises EngineError if the engine is down; so may the future."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +118,9 @@ class TokenStream:
     cancels the request.
     """
 
-    def __init__(self, client: EngineClient, request_id: str) -> None:
+    def __init__(self, client: EngineClient, request_id: str, adapter: str | None) -> None:
         self.request_id = request_id
+        self.adapter = adapter
         self._client = client
         self._mailbox = _Mailbox()
         self._ended = False
@@ -155,6 +169,15 @@ class TokenStream:
         `FinishReason.STOP` is for a stop string found in the text.
         """
         self._client._end(self.request_id, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where KV is, and for how long."""
+
+    blocks: Whereabouts
+    pinned_for_s: float | None
+    """Seconds until the last of its pins ends; None if there is none, or it lasts until the next call."""
 
 
 class EventBridge:
@@ -224,6 +247,14 @@ class EngineClient:
     def stats(self) -> EngineStats:
         return self._driver.stats()
 
+    def adapter_requests(self) -> tuple[Counter[str], Counter[str]]:
+        """How many requests with each adapter have been admitted, and how many have not yet. O(requests)."""
+        running, waiting = Counter[str](), Counter[str]()
+        for request_id, stream in self._streams.items():
+            if stream.adapter is not None:
+                (waiting if request_id in self._waiting else running)[stream.adapter] += 1
+        return running, waiting
+
     def check(self, num_prompt_tokens: int, sampling: SamplingParams, *, param: str = "messages") -> None:
         """Raises what `generate` would raise, without submitting anything."""
         if num_prompt_tokens < 1:
@@ -251,6 +282,8 @@ class EngineClient:
         request_id: str | None = None,
         agent_id: str | None = None,
         session_id: str | None = None,
+        program_id: str | None = None,
+        is_last_turn: bool | None = None,
         distance: float | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
@@ -271,13 +304,15 @@ class EngineClient:
         request_id = request_id or f"req-{next(self._ids)}"
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
-        stream = TokenStream(self, request_id)
+        stream = TokenStream(self, request_id, adapter)
         command = SubmitRequest(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),
             sampling=sampling,
             agent_id=agent_id,
             session_id=session_id,
+            program_id=program_id,
+            is_last_turn=is_last_turn,
             distance=distance,
             priority=priority,
             cache_salt=cache_salt,
@@ -293,6 +328,24 @@ class EngineClient:
         self._streams[request_id] = stream
         self._waiting.add(request_id)
         return stream
+
+    async def locate(self, sequences: Sequence[ReadTokens]) -> Located:
+        """Where the KV of sequences of tokens is. Raises EngineError."""
+
+        def question(core: EngineCore, now_ns: int) -> Located:
+            found = core.locate(sequences)
+            end_ns = core.pins_end_ns(found.pinned_by)
+            return Located(found, None if end_ns is None else max(0, end_ns - now_ns) / 1e9)
+
+        return await asyncio.wrap_future(self._driver.ask(question))
+
+    def note_turn(self, request_id: str, tool_name: str) -> None:
+        """Says which tool runs behind the answer of a request that has ended; see `NoteTurn`."""
+        self._post_late(NoteTurn(request_id, tool_name))
+
+    def speculate(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """Says what the next prompt begins with that goes on behind the answer of a request; see `Speculate`."""
+        self._post_late(Speculate(request_id, tuple(token_ids)))
 
     def set_distances(self, agents: Mapping[str, float], *, relative: bool = False) -> None:
         """Says how far agents are from their next calls; see `SetDistances`.
@@ -367,11 +420,15 @@ class EngineClient:
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         if request_id in self._streams:
-            try:
-                self._driver.post(EndRequest(request_id, reason))
-            except EngineError:
-                # The engine is down, so the request is over; `fail_all` tells its stream.
-                return
+            self._post_late(EndRequest(request_id, reason))
+
+    def _post_late(self, command: EndRequest | NoteTurn | Speculate) -> None:
+        """Posts what only matters to a running engine."""
+        try:
+            self._driver.post(command)
+        except EngineError:
+            # The engine is down, so all requests are over; `fail_all` tells their streams.
+            return
 
     def _forget(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

@@ -7,10 +7,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 from agentserve.core.clock import Clock
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Command, EngineEvent, PolicyFailed
+from agentserve.core.events import Command, EngineEvent, FlushTiers, PolicyFailed
 from agentserve.core.executor import Executor, Report
 from agentserve.core.stats import EngineStats
 from agentserve.core.transfers import TierContents
@@ -18,6 +20,7 @@ from agentserve.errors import EngineError
 from agentserve.runtime.recording import Recorder
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class MonotonicClock:
@@ -44,8 +47,10 @@ class LiveDriver:
         on_failure: Callable[[str], None],
         tier_contents: Sequence[TierContents] = (),
         recorder: Recorder | None = None,
+        flush_timeout_s: float = 0.0,
     ) -> None:
-        """`tier_contents`: what the tiers of the executor hold already; the core learns it in the first step."""
+        """`tier_contents`: what the tiers of the executor hold already; the core learns it in the first step.
+        `flush_timeout_s`: for how long `stop` may write what is cached to the tier that outlives the engine."""
         self._core = core
         self._executor = executor
         self._clock = clock
@@ -53,9 +58,13 @@ class LiveDriver:
         self._on_failure = on_failure
         self._recorder = recorder
         self._commands: deque[Command] = deque()
+        self._questions: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()
+        """Each with how to answer it and how to refuse that."""
         self._changed = threading.Condition()
         self._tier_contents = tuple(tier_contents)
         self._woken = bool(tier_contents)
+        self._flush_timeout_s = flush_timeout_s
+        self._flushing = False
         self._stopping = False
         self._failure: str | None = None
         self._stats = core.stats()
@@ -73,32 +82,75 @@ class LiveDriver:
     def post(self, command: Command) -> None:
         """Hands a command to the engine; returns at once. Raises EngineError when the engine is down."""
         with self._changed:
-            if self._stopping or self._failure is not None:
+            if self._flushing or self._stopping or self._failure is not None:
                 raise EngineError(self._failure or "the engine is shutting down")
             self._commands.append(command)
             self._woken = True
             self._changed.notify()
+
+    def ask(self, question: Callable[[EngineCore, int], _T]) -> Future[_T]:
+        """Has a question answered on the engine thread, which has no time for anything else meanwhile.
+
+        `question` gets the core, which it must not change, and the time in nanoseconds; what it raises, the future
+        raises. That is EngineError if the engine ends first. Raises EngineError when the engine is down.
+        """
+        future: Future[_T] = Future()
+
+        def answer() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(question(self._core, self._clock.now_ns()))
+            except Exception as error:  # noqa: BLE001  # it is for whoever asked
+                future.set_exception(error)
+
+        def refuse() -> None:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(EngineError(self._failure or "the engine is shutting down"))
+
+        with self._changed:
+            if self._stopping or self._failure is not None:
+                raise EngineError(self._failure or "the engine is shutting down")
+            self._questions.append((answer, refuse))
+            self._woken = True
+            self._changed.notify_all()
+        return future
 
     def stats(self) -> EngineStats:
         """The counters after the latest step."""
         return self._stats
 
     def stop(self) -> None:
-        """Stops the thread, then closes the executor. Requests that still run are abandoned: end them first."""
+        """Flushes the tiers, stops the thread, then closes the executor.
+
+        Requests that still run are abandoned: end them first.
+        """
         with self._changed:
+            if self._flush_timeout_s and self._thread.is_alive():
+                self._flush()
             self._stopping = True
             self._woken = True
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        self._refuse_questions()
         self._executor.close()
         if self._recorder is not None:
             self._recorder.close()
 
+    def _flush(self) -> None:
+        """Has what is cached written to the tier that outlives the engine, and waits for that while time is left."""
+        self._flushing = True
+        self._commands.append(FlushTiers())
+        self._woken = True
+        self._changed.notify()
+        if not self._changed.wait_for(lambda: not self._flushing or self._failure, self._flush_timeout_s):
+            logger.warning("not all of the KV cache was written in %g s", self._flush_timeout_s)
+
     def _wake(self) -> None:
         with self._changed:
             self._woken = True
-            self._changed.notify()
+            self._changed.notify_all()  # during a flush the engine thread is not the only one that waits
 
     def _run(self) -> None:
         try:
@@ -109,7 +161,14 @@ class LiveDriver:
             message = f"the engine failed: {type(error).__name__}: {error}"
             with self._changed:
                 self._failure = message
+                self._changed.notify_all()
             self._on_failure(message)
+        self._refuse_questions()
+
+    def _refuse_questions(self) -> None:
+        """Nobody is left who could answer."""
+        while self._questions:
+            self._questions.popleft()[1]()
 
     def _wait(self) -> bool:
         """Blocks until there is something to do; False when the driver was stopped."""
@@ -131,6 +190,8 @@ class LiveDriver:
         with self._changed:
             commands = list(self._commands)
             self._commands.clear()
+        while self._questions:
+            self._questions.popleft()[0]()
         now_ns = self._clock.now_ns()
         completions: Sequence[Report] = self._executor.poll(now_ns)
         if self._tier_contents:
@@ -149,6 +210,14 @@ class LiveDriver:
                     logger.error("the policy %s failed, the built-in order takes over: %s", event.policy, event.error)
             self._on_events(result.events)
         self._record(now_ns, completions, commands, result)
+        if self._flushing and not self._core.is_copying:
+            self._flushed()
+
+    def _flushed(self) -> None:
+        """Nothing is being copied: the flush is over unless it has not begun yet."""
+        with self._changed:
+            self._flushing = bool(self._commands)
+            self._changed.notify_all()
 
     def _timer_due(self, now_ns: int) -> bool:
         deadline_ns = self._core.next_deadline_ns()

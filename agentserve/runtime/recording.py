@@ -21,7 +21,16 @@ from agentserve.core.batch import BatchOutput, Lane, TokenSample
 from agentserve.core.costmodel import Contention, DeviceProfile, ModelShape
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, EndRequest, Foresight, SetDistances, SubmitRequest
+from agentserve.core.events import (
+    Command,
+    EndRequest,
+    FlushTiers,
+    Foresight,
+    NoteTurn,
+    SetDistances,
+    Speculate,
+    SubmitRequest,
+)
 from agentserve.core.executor import Report
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.transfers import StoredBlock, Tier, TierContents, TransferOutput
@@ -182,6 +191,12 @@ def _command_from_json(value: dict[str, Any]) -> Command:
         return EndRequest(fields["request_id"], FinishReason(fields["reason"]))
     if kind == "SetDistances":
         return SetDistances(tuple((name, distance) for name, distance in fields["agents"]), fields["relative"])
+    if kind == "NoteTurn":
+        return NoteTurn(**fields)
+    if kind == "Speculate":
+        return Speculate(fields["request_id"], tuple(fields["token_ids"]))
+    if kind == "FlushTiers":
+        return FlushTiers()
     if kind != "SubmitRequest":
         raise ValueError(f"unknown command {kind!r}")
     sampling = dict(fields.pop("sampling"))

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from agentserve.core.engine import EngineCore
 from agentserve.core.events import Command, SubmitRequest
 from agentserve.core.stats import EngineStats
 from agentserve.errors import ConfigError
 from agentserve.runtime.client import Driver
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 NO_LINE = "No line of the script fits this request."
 _FIELDS = {"match", "unless", "turn", "times", "reply", "finish"}
 _MAX_SESSIONS = 4096
@@ -173,3 +176,7 @@ class ScriptDriver:
 
     def stats(self) -> EngineStats:
         return self._driver.stats()
+
+    def ask(self, question: Callable[[EngineCore, int], _T]) -> Future[_T]:
+        """Raises what the driver raises."""
+        return self._driver.ask(question)

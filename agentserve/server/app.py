@@ -54,7 +54,7 @@ def create_app(state: ServerState) -> web.Application:
     router.add_get("/agentserve/agents", agent_routes.agents)
     router.add_get("/agentserve/cache/explain", agent_routes.explain)
     router.add_post("/agentserve/distances", distances.distances)
-    app[tool_memo.MEMO] = tool_memo.ToolMemo()
+    app[tool_memo.MEMO] = state.tool_memo
     router.add_put("/agentserve/tools/memo", tool_memo.put_memo)
     router.add_get("/agentserve/tools/memo", tool_memo.get_memo)
     router.add_get("/openapi.json", openapi.openapi)

@@ -24,6 +24,8 @@ class CacheOptions:
     has_prefix_cache: bool = True
     token_history_bytes: int = DEFAULT_CAPACITY_BYTES
     """For the token ids of answers; 0: none are kept."""
+    speculates: bool = False
+    """Whether the engine wants to know what next prompts begin with."""
     stabilize: tuple[str, ...] = ()
     """Regular expressions: see `Stabilizer`."""
 
@@ -49,7 +51,7 @@ class Caching:
         """A request with this prompt, its first one, is about to be submitted. The trace must be closed."""
         if self.history is not None and prompt.conversation is not None:
             self.history.count_reused(prompt.conversation.num_reused_turns)
-        return self.ledger.open(prompt, request.identity, request_id)
+        return self.ledger.open(prompt, request.identity, request_id, adapter=request.adapter)
 
     def end(self, trace: Trace, recorder: AnswerRecorder, observer: RequestObserver) -> None:
         """Books the first choice of the first prompt: the others find what that one has computed."""

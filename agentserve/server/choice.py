@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import EngineError
@@ -16,7 +17,13 @@ from agentserve.server.types import ChoiceFinished, Delta, GenerationEvent, Prog
 from agentserve.text.detokenizer import IncrementalDetokenizer
 from agentserve.text.stop import StopStringMatcher
 from agentserve.text.tokenizer import Tokenizer
-from agentserve.text.tools.spec import Piece, ReasoningPiece, ToolCallFinished
+from agentserve.text.tools.spec import Piece, ReasoningPiece, TextPiece, ToolCallFinished, ToolCallStarted
+
+
+class RefuseCall(Protocol):
+    """Says what is shown in place of a call of this tool; None if the call may leave."""
+
+    def __call__(self, tool_name: str, /) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +36,8 @@ class ChoiceOptions:
     """Whether the answer ends with its first complete tool call."""
     limit_is_window: bool
     """Whether `sampling.max_tokens` is what is left of the window rather than the client's own limit."""
+    refuse_call: RefuseCall | None = None
+    """None: all calls may leave."""
 
 
 class Choice:
@@ -63,7 +72,15 @@ class Choice:
         self._stop_string: str | None = None
         self._stopped = False
         self._is_reasoning = False
-        self._num_tool_calls = 0
+        self._has_text = False
+        self._is_cut = False
+        """Whether the rest of what the model writes is of no concern: one call was wanted, or one was refused."""
+        self._refused = False
+        self._unsent: list[TokenLogprob] = []
+        self.called: list[str] = []
+        """Tools of its complete calls, in their order."""
+        self.ended_by_itself = False
+        """Whether the answer ended where the model wanted, or where the last call ended that was wanted."""
         self._observer = observer
         self.recorder = recorder
 
@@ -83,6 +100,11 @@ class Choice:
             return [Progress(self.index, event.num_computed_tokens, event.num_prompt_tokens, elapsed_ns)]
         return self._push(event)
 
+    @property
+    def request_id(self) -> str:
+        """The engine's."""
+        return self._stream.request_id
+
     def abort(self) -> None:
         self._stream.finish(FinishReason.CANCELLED)
 
@@ -96,9 +118,14 @@ class Choice:
                 self.recorder.end_turn()
                 break  # ends the generation and is not part of the text
             self.recorder.token(sample.token_id)
+            num_pieces = len(pieces)
             if sample.logprob is not None:
-                logprobs.append(self._describe(sample.token_id, sample.logprob, sample.top_logprobs))
+                self._unsent.append(self._describe(sample.token_id, sample.logprob, sample.top_logprobs))
             pieces += self._read(self._match(self._detokenizer.push(sample.token_id)))
+            # The tokens of what may become a call that is refused must not be seen before that is known.
+            if self._options.refuse_call is None or (len(pieces) > num_pieces and not self._refused):
+                logprobs += self._unsent
+                self._unsent.clear()
             self.num_reasoning_tokens += self._is_reasoning
             if self._stopped:
                 self._stream.finish(FinishReason.STOP)
@@ -130,8 +157,10 @@ class Choice:
                 text += self._matcher.flush()
             reason = FinishReason.STOP if self._stopped else reason
             pieces += self._read(text)
-        if not (self._options.one_call and self._num_tool_calls):
+        if not self._is_cut:
             pieces += self._note(self._parser.finish())
+        if self._refused:
+            reason = FinishReason.STOP
         self.recorder.show(pieces)
         if self._stop_string is None:
             self.recorder.finish()
@@ -139,11 +168,13 @@ class Choice:
             self.index,
             reason,
             self.num_output_tokens,
-            self._num_tool_calls,
+            len(self.called),
             self._stop_string,
             at_window=reason is FinishReason.LENGTH and self._options.limit_is_window,
         )
-        return [*self._delta(pieces, []), finished]
+        unsent = [] if self._refused else self._unsent
+        self.ended_by_itself = reason is FinishReason.STOP and self._stop_string is None
+        return [*self._delta(pieces, unsent), finished]
 
     def _match(self, text: str) -> str:
         """What of `text` may be shown by now. Stop strings count only once `min_tokens` are there."""
@@ -159,14 +190,23 @@ class Choice:
     def _note(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         for position, piece in enumerate(pieces, start=1):
             self._is_reasoning = isinstance(piece, ReasoningPiece)
+            self._has_text |= isinstance(piece, TextPiece)
+            if isinstance(piece, ToolCallStarted) and (instead := self._refusal(piece.name)) is not None:
+                self._stopped = self._is_cut = self._refused = True
+                self.recorder.hide()
+                return [*pieces[: position - 1], TextPiece(("\n\n" if self._has_text else "") + instead)]
             if isinstance(piece, ToolCallFinished) and piece.complete:
-                self._num_tool_calls += 1
+                self.called.append(piece.name)
                 if self._options.one_call:
-                    self._stopped = True
+                    self._stopped = self._is_cut = True
                     if position < len(pieces):
                         self.recorder.hide()
                     return pieces[:position]
         return pieces
+
+    def _refusal(self, tool_name: str) -> str | None:
+        refuse_call = self._options.refuse_call
+        return None if refuse_call is None else refuse_call(tool_name)
 
     def _delta(self, pieces: Sequence[Piece], logprobs: list[TokenLogprob]) -> list[GenerationEvent]:
         if not pieces and not logprobs:

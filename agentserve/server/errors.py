@@ -46,6 +46,12 @@ class UnsupportedParameterError(RequestError):
     code = "unsupported_parameter"
 
 
+class ForbiddenToolError(RequestError):
+    """A request forces a call of a tool that its agent must not call."""
+
+    code = "tool_not_allowed"
+
+
 class EndpointNotFoundError(RequestError):
     """No such path."""
 
@@ -62,6 +68,7 @@ class MethodNotAllowedError(RequestError):
 _TABLE: tuple[tuple[type[AgentServeError], int, str], ...] = (
     (AuthenticationError, 401, "authentication_error"),
     (ForbiddenHostError, 403, "permission_error"),
+    (ForbiddenToolError, 403, "permission_error"),
     (ModelNotFoundError, 404, "invalid_request_error"),
     (EndpointNotFoundError, 404, "invalid_request_error"),
     (MethodNotAllowedError, 405, "invalid_request_error"),

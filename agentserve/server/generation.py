@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -12,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
+from agentserve.core.agents.policy import Policy
 from agentserve.core.request import SamplingParams
 from agentserve.errors import InvalidGrammarError, InvalidRequestError
 from agentserve.runtime.client import EngineClient
@@ -20,9 +20,13 @@ from agentserve.server.caching import CacheOptions, Caching
 from agentserve.server.choice import Choice, ChoiceOptions
 from agentserve.server.errors import UnsupportedParameterError
 from agentserve.server.metrics import ServerMetrics
+from agentserve.server.next_prompt import NextPromptTeller
 from agentserve.server.observe import RequestObserver
 from agentserve.server.prompt import ChatRenderer, PromptBuilder, TokenizedPrompt
 from agentserve.server.recorder import AnswerRecorder
+from agentserve.server.sampling import derive_seed, sampling_params
+from agentserve.server.tool_guard import ToolGuard
+from agentserve.server.turn_end import tool_behind
 from agentserve.server.types import (
     ChatPrompt,
     ChoiceFinished,
@@ -50,8 +54,15 @@ class Generation:
     """The events of one `GenerateRequest`, as an async iterator. The choices of several streams are interleaved."""
 
     def __init__(
-        self, choices: list[Choice], prompts: Sequence[TokenizedPrompt], num_choices_each: int, *, echo: bool
+        self,
+        choices: list[Choice],
+        prompts: Sequence[TokenizedPrompt],
+        num_choices_each: int,
+        *,
+        echo: bool,
+        on_end: Callable[[], None],
     ) -> None:
+        """`on_end` is called once all choices have ended, before anybody sees the end of the last one."""
         self._choices = choices
         self._num_choices_each = num_choices_each
         self._num_open = len(choices)
@@ -62,6 +73,7 @@ class Generation:
         ]
         self._next = 0
         self._finished = False
+        self._on_end = on_end
         self._merged: asyncio.Queue[list[GenerationEvent] | Exception] = asyncio.Queue(maxsize=1)
         self._pumps: list[asyncio.Task[None]] = []
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
@@ -83,6 +95,8 @@ class Generation:
         self._next += 1
         if isinstance(event, ChoiceFinished):
             self._num_open -= 1
+            if self._num_open == 0:
+                self._on_end()
         return event
 
     def abort(self) -> None:
@@ -143,11 +157,13 @@ class GenerationService:
         *,
         support: AnswerSupport | None = None,
         options: CacheOptions = _DEFAULTS,
+        safety: Sequence[Policy] = (),
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
         self._support = support or AnswerSupport()
+        self._guard = ToolGuard(safety, metrics)
         form = self._support.format
         self.caching = Caching(options, metrics, partial(tokenizer.decode, skip_special_tokens=False))
         self._prompts = PromptBuilder(
@@ -162,6 +178,7 @@ class GenerationService:
         self._clock_ns = clock_ns
         self._workers = ThreadPoolExecutor(_NUM_TEXT_WORKERS, thread_name_prefix="agentserve-text")
         self._running: set[Generation] = set()
+        self._teller = NextPromptTeller(client, self._prompts, self._workers) if options.speculates else None
 
     def close(self) -> None:
         """Waits for text work that is under way."""
@@ -183,9 +200,10 @@ class GenerationService:
             request_id: unique; the engine's requests are named after it.
             log_id: the id that the client knows, for the log.
 
-        Raises InvalidRequestError, ContextLengthExceededError, QueueFullError or EngineError before anything is
-        yielded; then nothing is left running.
+        Raises InvalidRequestError, ForbiddenToolError, ContextLengthExceededError, QueueFullError or EngineError before
+        anything is yielded; then nothing is left running.
         """
+        request = self._guard.screen(request)
         observer = RequestObserver(
             self._metrics,
             log_id or request_id,
@@ -194,14 +212,20 @@ class GenerationService:
             clock_ns=self._clock_ns,
         )
         self._check_tokens(request)
-        prompts = await self.tokenize(request)
+        prompts = await self._tokenize(request)
         grammars = [await self._compile(request, *pair) for pair in zip(request.prompts, prompts, strict=True)]
         observer.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         async with AsyncExitStack() as stack:
             trace = self.caching.begin(prompts[0], request, observer.request_id)
             stack.callback(trace.close)
             choices = await self._submit(request, request_id, prompts, grammars, observer=observer, stack=stack)
-            generation = Generation(choices, prompts, request.num_choices, echo=request.echo)
+            generation = Generation(
+                choices,
+                prompts,
+                request.num_choices,
+                echo=request.echo,
+                on_end=partial(self._turn_ended, request, choices),
+            )
             self._running.add(generation)
             try:
                 yield generation
@@ -212,7 +236,10 @@ class GenerationService:
                 observer.close(len(choices))
 
     async def tokenize(self, request: GenerateRequest) -> list[TokenizedPrompt]:
-        """The prompts as the engine would get them. Raises InvalidRequestError."""
+        """The prompts as the engine would get them. Raises InvalidRequestError or ForbiddenToolError."""
+        return await self._tokenize(self._guard.screen(request))
+
+    async def _tokenize(self, request: GenerateRequest) -> list[TokenizedPrompt]:
         loop = asyncio.get_running_loop()
         build = partial(self._prompts.build, identity=request.identity, cache_salt=request.cache_salt)
         work = [
@@ -263,7 +290,13 @@ class GenerationService:
         jobs: list[tuple[Prompt, TokenizedPrompt, CompiledGrammar | None, SamplingParams]] = []
         for prompt, tokenized, grammar in zip(request.prompts, prompts, grammars, strict=True):
             params = [
-                self._sampling(request, len(tokenized.token_ids), derive_seed(seed, index))
+                sampling_params(
+                    request.sampling,
+                    num_prompt_tokens=len(tokenized.token_ids),
+                    max_model_len=self._client.max_model_len,
+                    eos_token_ids=self._tokenizer.eos_token_ids,
+                    seed=derive_seed(seed, index),
+                )
                 for index in range(request.num_choices)
             ]
             # All of them are checked before the first one is submitted.
@@ -277,6 +310,8 @@ class GenerationService:
                 request_id=f"{request_id}-{index}",
                 agent_id=request.identity.agent_id,
                 session_id=request.identity.session_id,
+                program_id=request.identity.program_id,
+                is_last_turn=request.identity.is_last_turn,
                 distance=request.identity.distance,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
@@ -293,7 +328,7 @@ class GenerationService:
                     tokenizer=self._tokenizer,
                     detokenizer=IncrementalDetokenizer(tokenizer, prompt_token_ids=tokenized.token_ids),
                     parser=parser,
-                    options=_choice_options(request, sampling),
+                    options=self._choice_options(request, sampling),
                     observer=observer,
                     recorder=AnswerRecorder(tokenized, self.caching.history if self._prompts.keeps_answers else None),
                 )
@@ -308,6 +343,24 @@ class GenerationService:
             return PlainParser(), self._tokenizer
         parser = self._support.format.parser(prompt.tools, request.tool_choice, tokenized.text)
         return parser, self._support.format.shown(self._tokenizer)
+
+    def _turn_ended(self, request: GenerateRequest, choices: Sequence[Choice]) -> None:
+        tool_name = tool_behind(request, choices)
+        if tool_name is not None:
+            self._client.note_turn(choices[-1].request_id, tool_name)
+        if self._teller is not None:
+            self._teller.answered(request, choices)
+
+    def _choice_options(self, request: GenerateRequest, sampling: SamplingParams) -> ChoiceOptions:
+        wanted = request.sampling
+        limit = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
+        return ChoiceOptions(
+            sampling=sampling,
+            stop=wanted.stop,
+            one_call=not request.tool_choice.parallel,
+            limit_is_window=limit is None or sampling.max_tokens < limit,
+            refuse_call=None if self._guard.is_idle else partial(self._guard.refuse_call, request.identity),
+        )
 
     def _check_tokens(self, request: GenerateRequest) -> None:
         """Token ids that a client sends must be in the vocabulary."""
@@ -330,53 +383,8 @@ class GenerationService:
                     f"{param}: token id {token} is not in the vocabulary (0 to {limit - 1})", param=param
                 )
 
-    def _sampling(self, request: GenerateRequest, num_prompt_tokens: int, seed: int) -> SamplingParams:
-        wanted = request.sampling
-        max_tokens = wanted.max_tokens
-        # A prompt that fills the window has no room at all; `EngineClient.check` says so.
-        room = max(1, self._client.max_model_len - num_prompt_tokens)
-        if max_tokens is not None and wanted.clamp_max_tokens:
-            max_tokens = min(room, max_tokens)
-        elif max_tokens is None:
-            max_tokens = room if wanted.default_max_tokens is None else min(room, wanted.default_max_tokens)
-        eos = () if wanted.ignore_eos else tuple(self._tokenizer.eos_token_ids)
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=wanted.temperature,
-            top_p=wanted.top_p,
-            top_k=wanted.top_k,
-            min_p=wanted.min_p,
-            presence_penalty=wanted.presence_penalty,
-            frequency_penalty=wanted.frequency_penalty,
-            repetition_penalty=wanted.repetition_penalty,
-            seed=seed,
-            stop_token_ids=tuple(dict.fromkeys((*eos, *wanted.stop_token_ids))),
-            min_tokens=wanted.min_tokens,
-            logprobs=wanted.logprobs,
-            logit_bias=wanted.logit_bias,
-        )
-
 
 def _in_words_of(request: GenerateRequest, error: InvalidGrammarError) -> InvalidGrammarError:
     """The error with the field that the client has sent."""
     param = request.format_param if error.param == "response_format" else error.param
     return InvalidGrammarError(str(error).replace(error.param or "", param or "", 1), param=param)
-
-
-def _choice_options(request: GenerateRequest, sampling: SamplingParams) -> ChoiceOptions:
-    wanted = request.sampling
-    limit = wanted.default_max_tokens if wanted.max_tokens is None else wanted.max_tokens
-    return ChoiceOptions(
-        sampling=sampling,
-        stop=wanted.stop,
-        one_call=not request.tool_choice.parallel,
-        limit_is_window=limit is None or sampling.max_tokens < limit,
-    )
-
-
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of choice `index`, from 0 to 2**63 - 1. Choice 0 has the request's own seed, as if it were alone."""
-    if index == 0:
-        return seed % 2**63
-    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % 2**63

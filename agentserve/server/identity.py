@@ -16,6 +16,8 @@ from agentserve.server.types import Identity
 
 _MAX_LENGTH = 256
 _DISTANCE_HEADER = "X-Agent-Distance"
+_LAST_TURN_HEADER = "X-Agent-Last-Turn"
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _SESSION_IN_USER_ID = re.compile(r"session_([0-9A-Za-z-]{8,})$")
 _EARLY_HEADERS = ("X-Claude-Code-Session-Id",)
 # `X-Client-Request-Id` comes last of the headers: some clients change it with every request.
@@ -23,11 +25,15 @@ _LATE_HEADERS = ("Session-Id", "Session_id", "X-Session-ID", "X-Session-Affinity
 
 
 def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
-    """Reads session and agent from the headers (case-insensitive mapping) and the body; None where nothing is said.
+    """Who asks, from the headers (case-insensitive mapping) and the body; None where nothing is said.
 
-    Raises InvalidRequestError for a distance that is no number.
+    No client names a task by itself, and none says that its last turn has come: these two are for those who write one.
+    Raises InvalidRequestError for a distance that is no number, and for a last turn that is neither true nor false.
     """
-    user_id = _user_id(body)
+    given = body.get("metadata")
+    metadata: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
+    user_id = metadata.get("user_id")
+    user_id = user_id if isinstance(user_id, str) else None
     session_id = (
         _first(headers, _EARLY_HEADERS)
         or _session_in(user_id)
@@ -40,7 +46,23 @@ def identify(headers: Mapping[str, str], body: Mapping[str, Any]) -> Identity:
         session_id=session_id,
         agent_id=_first(headers, ("X-Agent-Id",)) or _first(body, ("agent_id",)),
         distance=_distance(headers),
+        program_id=_first(headers, ("X-Agent-Program",)) or _first(metadata, ("program_id",)),
+        is_last_turn=_is_last_turn(headers, metadata),
     )
+
+
+def _is_last_turn(headers: Mapping[str, str], metadata: Mapping[str, Any]) -> bool | None:
+    """What a call says about being the last one of its task. Raises InvalidRequestError for anything but yes and no."""
+    said: Any = headers.get(_LAST_TURN_HEADER)
+    param = _LAST_TURN_HEADER.lower()
+    if said is None:
+        said, param = metadata.get("last_turn"), "metadata.last_turn"
+    if said is None or isinstance(said, bool):
+        return said
+    known = _BOOLEANS.get(said.strip().lower()) if isinstance(said, str) else None
+    if known is None:
+        raise InvalidRequestError(f"{param}: expected true or false, not {str(said)[:32]!r}", param=param)
+    return known
 
 
 def _distance(headers: Mapping[str, str]) -> float | None:
@@ -57,12 +79,6 @@ def _distance(headers: Mapping[str, str]) -> float | None:
             f"{_DISTANCE_HEADER}: expected a finite number from 0 on, not {text[:32]!r}", param=_DISTANCE_HEADER.lower()
         )
     return distance
-
-
-def _user_id(body: Mapping[str, Any]) -> str | None:
-    metadata = body.get("metadata")
-    user_id = metadata.get("user_id") if isinstance(metadata, Mapping) else None
-    return user_id if isinstance(user_id, str) else None
 
 
 def _session_in(user_id: str | None) -> str | None:

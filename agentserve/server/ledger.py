@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from agentserve.core.memory.answers import ReadTokens
+from agentserve.server.agents import AgentBook, Counts, SessionAgents
 from agentserve.server.breakers import Difference
 from agentserve.server.metrics import ServerMetrics
 from agentserve.server.misses import Divergence, MissReason, Reading, find_divergence, num_common_tokens
@@ -19,7 +21,6 @@ from agentserve.server.types import Identity
 
 logger = logging.getLogger("agentserve.cache")
 _MAX_SESSIONS = 4096
-_MAX_AGENTS = 4096
 _MAX_EXPLAINED = 2048
 _MAX_READINGS = 8
 """Conversations of one session that are remembered, those of sub-agents among them."""
@@ -58,35 +59,11 @@ class Breaker:
 
 
 @dataclass(slots=True)
-class Counts:
-    """What a session or an agent has asked for."""
-
-    num_requests: int = 0
-    num_active: int = 0
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    last_used_s: float = 0.0
-    """Unix time."""
-
-    def describe(self) -> dict[str, Any]:
-        hit_ratio = self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else None
-        return {
-            "num_requests": self.num_requests,
-            "num_active": self.num_active,
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_cached_tokens": self.num_cached_tokens,
-            "num_output_tokens": self.num_output_tokens,
-            "hit_ratio": hit_ratio,
-            "last_used": self.last_used_s,
-        }
-
-
-@dataclass(slots=True)
 class _Session:
     scope: HistoryScope
     agent_id: str | None
     is_named: bool
+    agents: SessionAgents
     counts: Counts = field(default_factory=Counts)
     readings: list[Reading] = field(default_factory=list)
     breakers: OrderedDict[tuple[str, str], Breaker] = field(default_factory=OrderedDict)
@@ -99,12 +76,20 @@ class Trace:
     """One request on its way."""
 
     def __init__(
-        self, ledger: SessionLedger, session: _Session, agent: Counts, prompt: TokenizedPrompt, request_id: str
+        self,
+        ledger: SessionLedger,
+        session: _Session,
+        agent: Counts,
+        prompt: TokenizedPrompt,
+        request_id: str,
+        *,
+        adapter: str | None,
     ) -> None:
         self._ledger = ledger
         self._session = session
         self._agent = agent
         self._prompt = prompt
+        self._adapter = adapter
         self.request_id = request_id
         self._is_closed = False
         self.reason: MissReason | None = None
@@ -145,6 +130,7 @@ class Trace:
             self._prompt.conversation,
             num_cached_tokens is not None,
             answer_digest,
+            self._adapter,
         )
         self._ledger.remember(self._session, reading, self._closest)
 
@@ -224,38 +210,36 @@ class SessionLedger:
         self._capacity_bytes = capacity_bytes
         self._num_bytes = 0
         self._sessions: OrderedDict[HistoryScope, _Session] = OrderedDict()
-        self._agents: OrderedDict[str, Counts] = OrderedDict()
-        self._agent_sessions: dict[str, set[HistoryScope]] = {}
+        self._agents = AgentBook()
         self._explained: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._named: set[tuple[str, str, str]] = set()
 
-    def open(self, prompt: TokenizedPrompt, identity: Identity, request_id: str) -> Trace:
+    def open(
+        self, prompt: TokenizedPrompt, identity: Identity, request_id: str, *, adapter: str | None = None
+    ) -> Trace:
         """A request is about to be submitted. Its trace must be closed."""
         scope = prompt.scope
         session = self._sessions.get(scope)
         if session is None:
-            session = self._sessions[scope] = _Session(scope, identity.agent_id, identity.session_id is not None)
+            agents = SessionAgents(scope.session)
+            session = _Session(scope, identity.agent_id, identity.session_id is not None, agents)
+            self._sessions[scope] = session
         session.agent_id = identity.agent_id or session.agent_id
         self._sessions.move_to_end(scope)
-        name = session.agent_id or scope.session
-        agent = self._agents.setdefault(name, Counts())
-        self._agents.move_to_end(name)
-        known = self._agent_sessions.setdefault(name, set())
-        if len(known) < _MAX_SESSIONS:
-            known.add(scope)
+        agent = self._agents.open(session.agents.name_of(identity.agent_id, prompt.token_ids), scope)
         self._forget()
-        return Trace(self, session, agent, prompt, request_id)
+        return Trace(self, session, agent, prompt, request_id, adapter=adapter)
 
-    def sessions(self) -> list[dict[str, Any]]:
-        """All sessions, the one used last first."""
-        return [self._describe(session) for session in reversed(self._sessions.values())]
+    def sessions(self) -> list[tuple[dict[str, Any], list[ReadTokens]]]:
+        """All sessions, the one used last first, and what each has read."""
+        return [
+            (self._describe(session), [(r.token_ids, session.scope.cache_salt, r.adapter) for r in session.readings])
+            for session in reversed(self._sessions.values())
+        ]
 
     def agents(self) -> list[dict[str, Any]]:
-        """All agents, the one that asked last first. A session whose agent is not named is an agent of its own."""
-        return [
-            {"agent": name, "num_sessions": len(self._agent_sessions[name]), **counts.describe()}
-            for name, counts in reversed(self._agents.items())
-        ]
+        """All agents, the one that asked last first."""
+        return self._agents.describe()
 
     def explain(self, request_id: str) -> dict[str, Any] | None:
         """What the cache had of a request and why not more; None if it is not known or not over."""
@@ -335,9 +319,6 @@ class SessionLedger:
             _, session = self._sessions.popitem(last=False)
             self._num_bytes -= sum(reading.num_bytes for reading in session.readings)
             session.readings.clear()
-        while len(self._agents) > _MAX_AGENTS:
-            name, _ = self._agents.popitem(last=False)
-            del self._agent_sessions[name]
 
     def _describe(self, session: _Session) -> dict[str, Any]:
         num_turns, num_bytes = (0, 0) if self._history is None else self._history.held_by(session.scope)
@@ -347,6 +328,7 @@ class SessionLedger:
             "is_named": session.is_named,
             "has_salt": session.scope.cache_salt is not None,
             "agent": session.agent_id,
+            "agents": session.agents.names,
             **session.counts.describe(),
             "num_conversations": len(session.readings),
             "token_history": {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -14,9 +15,14 @@ from agentserve.core.controllers import Decision
 from agentserve.core.events import RequestStats
 from agentserve.core.stats import EngineStats, TierStats
 from agentserve.server.token_history import TokenHistory
+from agentserve.server.tool_memo import ToolMemo
 
 PREFIX = "agentserve:"
 _Family: TypeAlias = type[CounterMetricFamily] | type[GaugeMetricFamily]
+_Row: TypeAlias = tuple[_Family, str, str, float]
+"""A number without labels of its own: kind, name, help and value."""
+_AdapterRequests: TypeAlias = Callable[[], tuple[Mapping[str, int], Mapping[str, int]]]
+"""Requests by adapter: those that were admitted, and those that wait."""
 _TTFT_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -38,6 +44,7 @@ class ServerMetrics:
     def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats]) -> None:
         self._model_name = model_name
         self._registry = CollectorRegistry()
+        self._engine_stats = engine_stats
         self._registry.register(_EngineCollector(model_name, engine_stats))
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From the arrival of the HTTP request to its first token.", _TTFT_BUCKETS
@@ -76,6 +83,12 @@ class ServerMetrics:
             ["model_name", "kind"],
             registry=self._registry,
         )
+        self._refused_calls = Counter(
+            PREFIX + "refused_tool_calls",
+            "Tool calls that were stopped: forced by a request, or written in an answer.",
+            ["model_name", "where"],
+            registry=self._registry,
+        )
         self._success = Counter(
             PREFIX + "request_success",
             "Requests that ended well.",
@@ -110,9 +123,21 @@ class ServerMetrics:
         """Counts a cache breaker when it is found."""
         self._breakers.labels(self._model_name, kind).inc()
 
+    def count_refused_call(self, where: str) -> None:
+        """Counts a tool call that was stopped; `where` is `request` or `answer`."""
+        self._refused_calls.labels(self._model_name, where).inc()
+
     def watch_history(self, history: TokenHistory) -> None:
         """Shows what is kept of answers."""
         self._registry.register(_HistoryCollector(self._model_name, history))
+
+    def watch_memo(self, memo: ToolMemo) -> None:
+        """Shows what is kept of the results of tools."""
+        self._registry.register(_MemoCollector(self._model_name, memo))
+
+    def watch_adapters(self, requests: _AdapterRequests) -> None:
+        """Shows the LoRA adapters, if there are any, and who uses them."""
+        self._registry.register(_AdapterCollector(self._model_name, self._engine_stats, requests))
 
     def render(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -135,17 +160,98 @@ class _HistoryCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._history.stats()
-        values: tuple[tuple[_Family, str, str, int], ...] = (
+        rows: tuple[_Row, ...] = (
             (GaugeMetricFamily, "bytes", "Bytes of answers kept as token ids.", stats.num_bytes),
             (GaugeMetricFamily, "turns", "Answers kept as token ids.", stats.num_turns),
             (CounterMetricFamily, "stored_turns", "Answers stored.", stats.num_stored_turns),
             (CounterMetricFamily, "reused_turns", "Answers read again as they were written.", stats.num_reused_turns),
             (CounterMetricFamily, "evicted_turns", "Answers forgotten to make room.", stats.num_evicted_turns),
         )
-        for family, name, text, value in values:
-            metric = family(f"{PREFIX}token_history_{name}", text, labels=["model_name"])
-            metric.add_metric([self._model_name], value)
+        yield from _families(self._model_name, "token_history_", rows)
+
+
+class _MemoCollector(Collector):
+    """The same for the memo of tool results."""
+
+    def __init__(self, model_name: str, memo: ToolMemo) -> None:
+        self._model_name = model_name
+        self._memo = memo
+
+    def collect(self) -> Iterator[Metric]:
+        memo = self._memo
+        rows: tuple[_Row, ...] = (
+            (GaugeMetricFamily, "entries", "Results of tools that are kept.", len(memo)),
+            (GaugeMetricFamily, "bytes", "Bytes of results of tools and of what they are found by.", memo.num_bytes),
+            (CounterMetricFamily, "stores", "Results of tools that were stored.", memo.num_stores),
+            (CounterMetricFamily, "hits", "Questions for a result that was there.", memo.num_hits),
+            (CounterMetricFamily, "misses", "Questions for a result that was not there.", memo.num_misses),
+            (CounterMetricFamily, "expirations", "Results found to be too old.", memo.num_expirations),
+            (CounterMetricFamily, "evictions", "Results forgotten to make room.", memo.num_evictions),
+        )
+        yield from _families(self._model_name, "tool_memo_", rows)
+
+
+class _AdapterCollector(Collector):
+    """The same for LoRA adapters; nothing on a server without any."""
+
+    def __init__(self, model_name: str, engine_stats: Callable[[], EngineStats], requests: _AdapterRequests) -> None:
+        self._model_name = model_name
+        self._engine_stats = engine_stats
+        self._requests = requests
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine_stats().adapters
+        if stats is None:
+            return
+        rows: tuple[_Row, ...] = (
+            (GaugeMetricFamily, "adapters", "Adapters that requests may name.", stats.num_adapters),
+            (GaugeMetricFamily, "slots", "Adapters that fit the device.", stats.num_slots),
+            (GaugeMetricFamily, "resident_adapters", "Adapters on the device.", stats.num_resident),
+            (CounterMetricFamily, "loads", "Adapters that came to the device.", stats.num_loads),
+            (CounterMetricFamily, "loaded_bytes", "Bytes copied for that.", stats.loaded_bytes),
+            (CounterMetricFamily, "load_seconds", "Time that these copies took.", stats.load_ns / 1e9),
+            (CounterMetricFamily, "evictions", "Adapters that left the device.", stats.num_evictions),
+            (
+                CounterMetricFamily,
+                "preempted_loads",
+                "Loads that more urgent ones interrupted.",
+                stats.num_preempted_loads,
+            ),
+            (CounterMetricFamily, "failed_loads", "Loads that failed.", stats.num_failed_loads),
+        )
+        yield from _families(self._model_name, "lora_", rows)
+        running, waiting = self._requests()
+        for name, text, counts in (
+            ("requests_running", "Requests with an adapter that were admitted.", running),
+            ("requests_waiting", "Requests with an adapter that wait for it, for memory or for their turn.", waiting),
+        ):
+            metric = GaugeMetricFamily(f"{PREFIX}lora_{name}", text, labels=["model_name", "adapter"])
+            for adapter, count in sorted(counts.items()):
+                metric.add_metric([self._model_name, adapter], count)
             yield metric
+        # As vLLM has it: the labels are what is told, the value is when.
+        info = GaugeMetricFamily(
+            PREFIX + "lora_requests_info",
+            "Which adapters have requests, at the time that is its value.",
+            labels=["model_name", "max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        names = (",".join(sorted(running)), ",".join(sorted(waiting)))
+        info.add_metric([self._model_name, str(stats.num_slots), *names], time.time())
+        yield info
+
+
+def _families(model_name: str, prefix: str, rows: Iterable[_Row]) -> Iterator[Metric]:
+    for family, name, text, value in rows:
+        metric = family(f"{PREFIX}{prefix}{name}", text, labels=["model_name"])
+        metric.add_metric([model_name], value)
+        yield metric
+
+
+_SPECULATION = (
+    ("speculated_tokens", "Prompt tokens computed while a tool ran, before anybody asked for them."),
+    ("speculated_used_tokens", "Those of them that the next call of their session has found."),
+    ("speculated_wasted_tokens", "Those of them that nobody has found."),
+)
 
 
 class _EngineCollector(Collector):
@@ -181,30 +287,50 @@ class _EngineCollector(Collector):
         for tier in stats.tiers:
             cached.add_metric([self._model_name, tier.tier], tier.num_hit_tokens)
         yield cached
-        if stats.tiers:
-            yield from self._tiers(stats.tiers)
+        yield from self._tiers(stats)
         yield self._counter("generation_tokens", "Tokens generated.", stats.num_generated_tokens)
         yield self._counter("num_preemptions", "Requests whose KV blocks were taken.", stats.num_preemptions)
         yield self._counter("num_evicted_blocks", "Cached KV blocks that were evicted.", stats.num_evicted_blocks)
         yield self._counter("num_batches_prefill", "Batches of the prefill lane.", stats.num_batches_prefill)
         yield self._counter("num_batches_decode", "Batches of the decode lane.", stats.num_batches_decode)
+        if stats.policies is not None and stats.policies.speculation != "none":
+            for name, text in _SPECULATION:
+                yield self._counter(name, text, stats.policies.counts[f"tokens_{name.removesuffix('_tokens')}"])
         if stats.decision is not None:
             yield from self._decision(stats.decision)
+        if stats.policies is not None:
+            actions = CounterMetricFamily(
+                PREFIX + "policy_actions", "What the policies have done.", labels=["model_name", "action"]
+            )
+            for action, count in sorted(stats.policies.counts.items()):
+                actions.add_metric([self._model_name, action], count)
+            yield actions
 
-    def _tiers(self, tiers: Sequence[TierStats]) -> Iterator[Metric]:
-        families: tuple[tuple[_Family, str, str, Callable[[TierStats], int]], ...] = (
-            (GaugeMetricFamily, "blocks", "KV blocks that the tier has room for.", lambda t: t.num_blocks),
-            (GaugeMetricFamily, "used_blocks", "KV blocks in the tier.", lambda t: t.num_used_blocks),
-            (CounterMetricFamily, "stored_bytes", "KV copied into the tier.", lambda t: t.stored_bytes),
-            (CounterMetricFamily, "loaded_bytes", "KV copied from the tier to the device.", lambda t: t.loaded_bytes),
-            (CounterMetricFamily, "dropped_blocks", "KV blocks not taken in.", lambda t: t.num_dropped_blocks),
-            (CounterMetricFamily, "failed_transfers", "Copies that failed.", lambda t: t.num_failed_transfers),
+    def _tiers(self, stats: EngineStats) -> Iterator[Metric]:
+        num_used = stats.num_blocks - stats.num_free_blocks
+        sizes: tuple[tuple[str, str, int, Callable[[TierStats], int]], ...] = (
+            ("blocks", "KV blocks that the tier has room for.", stats.num_blocks, lambda t: t.num_blocks),
+            ("used_blocks", "KV blocks in the tier.", num_used, lambda t: t.num_used_blocks),
         )
-        for family, name, text, value in families:
-            metric = family(f"{PREFIX}kv_tier_{name}", text, labels=["model_name", "tier"])
-            for tier in tiers:
-                metric.add_metric([self._model_name, tier.tier], value(tier))
-            yield metric
+        for name, text, of_device, value in sizes:
+            gauge = GaugeMetricFamily(f"{PREFIX}kv_tier_{name}", text, labels=["model_name", "tier"])
+            gauge.add_metric([self._model_name, "device"], of_device)
+            for tier in stats.tiers:
+                gauge.add_metric([self._model_name, tier.tier], value(tier))
+            yield gauge
+        counts: tuple[tuple[str, str, Callable[[TierStats], int]], ...] = (
+            ("stores", "Copies into the tier, of one or more KV blocks each.", lambda t: t.num_stores),
+            ("stored_bytes", "KV copied into the tier.", lambda t: t.stored_bytes),
+            ("loads", "Copies from the tier to the device, of one or more KV blocks each.", lambda t: t.num_loads),
+            ("loaded_bytes", "KV copied from the tier to the device.", lambda t: t.loaded_bytes),
+            ("dropped_blocks", "KV blocks not taken in.", lambda t: t.num_dropped_blocks),
+            ("failed_transfers", "Copies that failed.", lambda t: t.num_failed_transfers),
+        )
+        for name, text, value in counts if stats.tiers else ():
+            counter = CounterMetricFamily(f"{PREFIX}kv_tier_{name}", text, labels=["model_name", "tier"])
+            for tier in stats.tiers:
+                counter.add_metric([self._model_name, tier.tier], value(tier))
+            yield counter
 
     def _decision(self, decision: Decision) -> Iterator[Metric]:
         partition = GaugeMetricFamily(

@@ -48,6 +48,13 @@ class Reading:
     """Whether all of it was computed."""
     answer_digest: bytes | None
     """Of the conversation with its answer; None if the answer is not complete."""
+    adapter: str | None = None
+    """The LoRA adapter that read it."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The same as numbers, without a copy."""
+        return memoryview(self.packed).cast("I")
 
     @property
     def num_tokens(self) -> int:

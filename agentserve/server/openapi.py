@@ -64,7 +64,12 @@ _OTHERS = (
     _Operation("get", "/health", "Liveness; needs no key", required=("status",)),
     _Operation("get", "/ready", "Whether a request would be taken now"),
     _Operation("get", "/metrics", "Prometheus metrics", content_type="text/plain"),
-    _Operation("get", "/agentserve/sessions", "Sessions and what the cache had of them", required=("sessions",)),
+    _Operation(
+        "get",
+        "/agentserve/sessions",
+        "Sessions, what the cache had of them, and where their KV is",
+        required=("sessions",),
+    ),
     _Operation("get", "/agentserve/agents", "Agents and what they asked for", required=("agents",)),
     _Operation(
         "get",

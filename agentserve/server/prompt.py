@@ -89,6 +89,12 @@ class _Rendered:
     digests: Sequence[bytes]
     text: str
     prefill: str
+    mark: str | None
+    """Where the prompt is cut off."""
+
+    def end(self, text: str) -> str:
+        """How the prompt ends, if `text` is the end of the rendered conversation."""
+        return text + self.prefill if self.mark is None else text.partition(self.mark)[0]
 
 
 class PromptBuilder:
@@ -141,7 +147,19 @@ class PromptBuilder:
             return built  # it is going to be refused, and nobody has looked at the ids of one that is too long
         return replace(built, packed=array("I", built.token_ids).tobytes())
 
-    def _build_chat(self, prompt: ChatPrompt, session: str | None, cache_salt: str | None) -> TokenizedPrompt:
+    def build_until(
+        self, prompt: ChatPrompt, mark: str, *, identity: Identity = _NOBODY, cache_salt: str | None = None
+    ) -> tuple[int, ...]:
+        """What a conversation has before a mark in it, behind its last answer; empty if the template does not show it.
+
+        Raises InvalidRequestError for messages that the template cannot render.
+        """
+        built = self._build_chat(prompt, identity.session_id, cache_salt, mark)
+        return built.token_ids if mark in built.text else ()
+
+    def _build_chat(
+        self, prompt: ChatPrompt, session: str | None, cache_salt: str | None, mark: str | None = None
+    ) -> TokenizedPrompt:
         template = self._chat_template
         if template is None:
             raise InvalidRequestError("This model has no chat template; use /v1/completions.", param="messages")
@@ -155,11 +173,11 @@ class PromptBuilder:
         render = partial(self._render, template, tools, kwargs)
         text = render(messages, True)
         digests = chain_digests(messages)
-        rendered = _Rendered(scope, render, messages, digests, text, prompt.prefill)
+        rendered = _Rendered(scope, render, messages, digests, text, prompt.prefill, mark)
         token_ids, num_reused = self._with_answers(rendered)
         if not num_reused:
             # The template writes the special tokens itself.
-            token_ids = self._tokenizer.encode(text + prompt.prefill, add_special_tokens=False)
+            token_ids = self._tokenizer.encode(rendered.end(text), add_special_tokens=False)
         conversation = Conversation(
             name,
             tuple(digests),
@@ -183,18 +201,18 @@ class PromptBuilder:
         spliced = self._finder.splice(rendered.render, messages, rendered.text, [answers[at] for at in found])
         if spliced is None:
             return [], 0
-        token_ids = self._join(spliced, list(found.values()), rendered.prefill)
+        token_ids = self._join(spliced, list(found.values()), rendered)
         if self._max_model_len is not None and len(token_ids) >= self._max_model_len:
             return [], 0
         return token_ids, len(found)
 
-    def _join(self, spliced: Spliced, turns: Sequence[StoredTurn], prefill: str) -> list[int]:
+    def _join(self, spliced: Spliced, turns: Sequence[StoredTurn], rendered: _Rendered) -> list[int]:
         """Each text up to an answer is encoded in one piece, as it was when the answer was written."""
         token_ids: list[int] = []
         for text, turn in zip(spliced.texts, turns, strict=False):
             token_ids += self._tokenizer.encode(text + turn.opening, add_special_tokens=False)
             token_ids += turn.token_ids
-        return token_ids + self._tokenizer.encode(spliced.texts[-1] + prefill, add_special_tokens=False)
+        return token_ids + self._tokenizer.encode(rendered.end(spliced.texts[-1]), add_special_tokens=False)
 
     def _stabilize(
         self, scope: HistoryScope, messages: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]

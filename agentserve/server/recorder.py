@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from typing import Any
 
 from agentserve.server.prompt import TokenizedPrompt
 from agentserve.server.token_history import TokenHistory
 from agentserve.server.turns import Turn
-from agentserve.text.tools.spec import Piece, TextPiece, ToolCallFinished
+from agentserve.text.tools.spec import Piece, TextPiece, ToolCallFinished, ToolCallStarted
 
 
 class AnswerRecorder:
@@ -21,6 +22,7 @@ class AnswerRecorder:
         self._token_ids = array("I")
         self._texts: list[str] = []
         self._calls: list[tuple[str, str]] = []
+        self._call_ids: list[str] = []
         self._is_whole = True
         self._ends_turn = False
         self.digest: bytes | None = None
@@ -39,6 +41,8 @@ class AnswerRecorder:
         for piece in pieces:
             if isinstance(piece, TextPiece):
                 self._texts.append(piece.text)
+            elif isinstance(piece, ToolCallStarted):
+                self._call_ids.append(piece.call_id)
             elif isinstance(piece, ToolCallFinished):
                 self._calls.append((piece.name, piece.arguments))
                 self._is_whole &= piece.complete
@@ -56,6 +60,16 @@ class AnswerRecorder:
     def computed_ids(self) -> array[int]:
         """Tokens of the answer whose keys and values were computed: the last one that is sampled never is."""
         return self._token_ids if self._ends_turn else self._token_ids[:-1]
+
+    def message(self) -> dict[str, Any] | None:
+        """The complete answer as its client will send it back, in OpenAI's form; None if that cannot be told."""
+        if not self._is_whole or not self._token_ids:
+            return None
+        calls = [
+            {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for call_id, (name, arguments) in zip(self._call_ids, self._calls, strict=True)
+        ]
+        return {"role": "assistant", "content": "".join(self._texts), "tool_calls": calls}
 
     def finish(self) -> None:
         """The answer is complete."""

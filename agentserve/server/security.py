@@ -14,6 +14,7 @@ _EDITOR_SCHEME = "vscode-webview"
 ALLOWED_HEADERS = (
     "Authorization, Content-Type, Accept, x-api-key, anthropic-version, anthropic-beta, "
     "anthropic-dangerous-direct-browser-access, OpenAI-Beta, OpenAI-Organization, OpenAI-Project, "
+    "x-agent-id, x-agent-distance, x-agent-program, x-agent-last-turn, "
     "x-request-id, x-client-request-id, session-id, x-session-id, x-session-affinity, x-claude-code-session-id, "
     "x-stainless-arch, x-stainless-async, x-stainless-custom-poll-interval, x-stainless-helper-method, "
     "x-stainless-lang, x-stainless-os, x-stainless-package-version, x-stainless-poll-helper, "

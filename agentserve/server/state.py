@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from agentserve.core.agents.policy import Policy
 from agentserve.errors import ConfigError, EngineError, ModelNotFoundError
 from agentserve.runtime.client import EngineClient
 from agentserve.server.answer_format import AnswerSupport
@@ -19,6 +20,7 @@ from agentserve.server.generation import GenerationService
 from agentserve.server.metrics import ServerMetrics
 from agentserve.server.prompt import ChatRenderer
 from agentserve.server.security import is_loopback
+from agentserve.server.tool_memo import ToolMemo
 from agentserve.text.tokenizer import Tokenizer
 
 CLAUDE_PREFIXES = ("claude", "anthropic")
@@ -93,6 +95,7 @@ class ServerState:
     metrics: ServerMetrics
     generation: GenerationService
     engine_failure: Callable[[], str | None]
+    tool_memo: ToolMemo = field(default_factory=ToolMemo)
     is_draining: bool = False
     num_active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -108,15 +111,24 @@ class ServerState:
         *,
         support: AnswerSupport | None = None,
         cache: CacheOptions | None = None,
+        safety: Sequence[Policy] = (),
         engine_failure: Callable[[], str | None] = lambda: None,
     ) -> ServerState:
         """`chat_template` is None for a model without one; `support` says what is known of the form of its answers;
-        `engine_failure` says why the engine died, if it did."""
+        `safety` are the policies that may refuse tool calls; `engine_failure` says why the engine died, if it did."""
         metrics = ServerMetrics(options.model_name, client.stats)
         generation = GenerationService(
-            client, tokenizer, chat_template, metrics, support=support, options=cache or CacheOptions()
+            client,
+            tokenizer,
+            chat_template,
+            metrics,
+            support=support,
+            options=cache or CacheOptions(),
+            safety=safety,
         )
         state = cls(options, client, metrics, generation, engine_failure)
+        metrics.watch_adapters(client.adapter_requests)
+        metrics.watch_memo(state.tool_memo)
         state.idle.set()
         return state
 

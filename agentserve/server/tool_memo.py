@@ -60,8 +60,12 @@ class ToolMemo:
         self._clock = clock
         self._entries: OrderedDict[_Key, _Entry] = OrderedDict()
         self.num_bytes = 0
+        self.num_stores = 0
+        """Since the start, as the four below."""
         self.num_hits = 0
         self.num_misses = 0
+        self.num_expirations = 0
+        self.num_evictions = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -76,8 +80,10 @@ class ToolMemo:
         self._remove(key)
         self._entries[key] = _Entry(body.result, self._clock() + body.ttl_s, num_bytes)
         self.num_bytes += num_bytes
+        self.num_stores += 1
         while self.num_bytes > self._max_bytes or len(self._entries) > MAX_ENTRIES:
             self._remove(next(iter(self._entries)))
+            self.num_evictions += 1
 
     def get(self, agent: str, tool: str, arguments: dict[str, Any]) -> _Entry | None:
         """The agent's own result, else a shared one; None if there is none that is still true."""
@@ -92,6 +98,7 @@ class ToolMemo:
                 self.num_hits += 1
                 return entry
             self._remove(key)
+            self.num_expirations += 1
         self.num_misses += 1
         return None
 

@@ -23,6 +23,15 @@ class Identity:
     agent_id: str | None = None
     distance: float | None = None
     """How far the agent's next call is once this one has ended."""
+    program_id: str | None = None
+    """The task that this call is a part of, if that has several sessions."""
+    is_last_turn: bool | None = None
+    """Whether the task ends with this call; None: the client does not say."""
+
+    @property
+    def name(self) -> str | None:
+        """The agent, else its session: what rules about agents go by."""
+        return self.agent_id or self.session_id
 
 
 @dataclass(frozen=True, slots=True)

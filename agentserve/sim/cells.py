@@ -10,11 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from agentserve.config import (
+    ADMISSION_POLICIES,
     CONTROLLERS,
     ORDER_POLICIES,
     RETENTION_POLICIES,
     SCHEDULERS,
     SLOTS,
+    SPECULATION_POLICIES,
     WRITE_BACKS,
     boolean,
     choice,
@@ -108,6 +110,20 @@ class Cell:
         "policies",
         "which call goes first (default: by arrival, and the shortest prompt); srpt knows the future",
     )
+    admission: str | None = _option(
+        simulatable(ADMISSION_POLICIES),
+        "policies",
+        "which calls wait although there is memory for them: none (default), or working_set, those of new programs",
+    )
+    speculate: str | None = _option(
+        simulatable(SPECULATION_POLICIES),
+        "policies",
+        "what is computed of a next prompt while its tool runs and nobody waits: none (default), next_turn, all that "
+        "is missing, or lost_context, what was evicted",
+    )
+    speculate_tokens: int | None = _option(
+        positive_int, "policies", "speculate: tokens between two calls of a session at most (default: 8192)"
+    )
     prefetch_distance: float | None = _option(
         non_negative_float, "policies", "invocation_distance: agents nearer than this are loaded early (default: 2)"
     )
@@ -128,6 +144,8 @@ class Cell:
         return dataclasses.asdict(self)
 
 
+_ANY = "NAME"
+"""Any value but `none`."""
 _NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "controller": ("scheduler", "lanes"),
@@ -138,6 +156,7 @@ _NEEDS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "link_gb_per_s": ("overload", "move"),
         "prefetch_distance": ("policy", "invocation_distance"),
         "prediction": ("policy", "transition"),
+        "speculate_tokens": ("speculate", _ANY),
     }
 )
 """Options that mean something only beside a value of another one."""
@@ -195,7 +214,8 @@ def _without_idle(cell: Cell) -> Cell:
     for name, (other, value) in _NEEDS.items():
         found = getattr(cell, other)
         # The scheduler may come from a recording: whether it has a controller is seen when that is read.
-        if found != value and not (other == "scheduler" and found is None):
+        is_there = found not in (None, "none") if value == _ANY else found == value
+        if not is_there and not (other == "scheduler" and found is None):
             changes: dict[str, Any] = {name: None}
             cell = dataclasses.replace(cell, **changes)
     # The one policy with an order of its own.

@@ -30,7 +30,7 @@ from agentserve.core.batch import BatchOutput
 from agentserve.core.clock import VirtualClock
 from agentserve.core.decode_run import PredictableExecutor
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Command, RequestFinished, SetDistances, SubmitRequest
+from agentserve.core.events import Command, RequestFinished, SetDistances, Speculate, SubmitRequest
 from agentserve.core.executor import Executor
 from agentserve.core.memory.manager import AllocationOutcome, MemoryManager, PrefixLock
 from agentserve.errors import ConfigError, EngineError
@@ -109,6 +109,13 @@ class _Transfer(NamedTuple):
     num_bytes: int
 
 
+class _Told(NamedTuple):
+    """What only one instance has to know."""
+
+    command: Speculate
+    target: int
+
+
 class Cluster:
     """Runs calls on several instances. Deterministic: the same calls at the same times give the same steps."""
 
@@ -128,7 +135,7 @@ class Cluster:
         self._loads = Loads(len(instances))
         self._placed: dict[str, tuple[int, int]] = {}  # request under way: its instance and its prompt tokens
         self._link_free_ns = [0] * len(instances)
-        self._due: list[tuple[int, int, SubmitRequest | SetDistances | _Transfer]] = []
+        self._due: list[tuple[int, int, SubmitRequest | SetDistances | _Transfer | _Told]] = []
         self._sequence = itertools.count()
         self._wakes: list[tuple[int, int]] = []  # outdated entries stay until they are met
         self._wake_of: list[int | None] = [None] * len(instances)
@@ -154,6 +161,12 @@ class Cluster:
         if at_ns < self.clock.now_ns():
             raise ValueError(f"{at_ns} lies in the past")
         heapq.heappush(self._due, (at_ns, next(self._sequence), command))
+
+    def tell(self, at_ns: int, command: Speculate, instance: int) -> None:
+        """Schedules what one instance is told. ValueError for the past."""
+        if at_ns < self.clock.now_ns():
+            raise ValueError(f"{at_ns} lies in the past")
+        heapq.heappush(self._due, (at_ns, next(self._sequence), _Told(command, instance)))
 
     def step(self) -> list[InstanceStep] | None:
         """Jumps to the next moment at which something happens; returns the steps made, None when all is done.
@@ -296,6 +309,9 @@ class Cluster:
             item = heapq.heappop(self._due)[2]
             if isinstance(item, _Transfer):
                 self._arrived(item)
+                commands.setdefault(item.target, []).append(item.command)
+                continue
+            if isinstance(item, _Told):
                 commands.setdefault(item.target, []).append(item.command)
                 continue
             if isinstance(item, SetDistances):

@@ -17,7 +17,9 @@ from agentserve.core.stats import EngineStats
 _EVICTS = ("evictions_unlike_lru", "nothing was evicted that lru would have kept")
 _HOLDS = ("admissions_held_back", "its pins held nobody back")
 _REORDERS = ("reorders", "no call came before one that had arrived earlier")
-_ANY = (_EVICTS, _HOLDS, _REORDERS)
+_KEEPS_OUT = ("calls_held", "it let every call in at once")
+_SPECULATES = ("tokens_speculated_used", "no call used what was computed beforehand")
+_ANY = (_EVICTS, _HOLDS, _REORDERS, _KEEPS_OUT, _SPECULATES)
 """What a plug-in may do."""
 
 MEANS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
@@ -35,6 +37,9 @@ MEANS: Mapping[str, tuple[tuple[str, str], ...]] = MappingProxyType(
         "plas": (_REORDERS,),
         "fair_share": (_REORDERS,),
         "srpt": (_REORDERS,),
+        "working_set": (_KEEPS_OUT,),
+        "next_turn": (_SPECULATES,),
+        "lost_context": (_SPECULATES,),
     }
 )
 """What each policy does if it does anything: the counter, and the sentence for zero. `fcfs` is what others depart from,
@@ -67,6 +72,7 @@ def mechanism_check(config: EngineConfig, stats: Sequence[EngineStats]) -> Mecha
             failures.update(each.policies.failures)
     named = [config.policy] if config.policy != "lru" or config.protects_anchors else []
     named += [config.order] if config.order not in ("default", "fcfs") else []
+    named += [name for name in (config.admission, config.speculate) if name != "none"]
     reasons = [f"{name} raised {error}, and the built-in took its place" for name, error in failures.items()]
     for name in named:
         means = MEANS.get(name, _ANY)

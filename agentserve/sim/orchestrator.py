@@ -16,7 +16,14 @@ from random import Random
 
 from agentserve.core.clock import VirtualClock
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Foresight, RequestFinished, SetDistances, SubmitRequest, TokenGenerated
+from agentserve.core.events import (
+    Foresight,
+    RequestFinished,
+    SetDistances,
+    Speculate,
+    SubmitRequest,
+    TokenGenerated,
+)
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.runtime.virtual import VirtualDriver
@@ -87,6 +94,9 @@ class _Alone:
     def at(self, at_ns: int, command: SubmitRequest | SetDistances) -> None:
         self._driver.at(at_ns, command)
 
+    def tell(self, at_ns: int, command: Speculate, instance: int) -> None:  # noqa: ARG002 - there is only one
+        self._driver.at(at_ns, command)
+
     def step(self) -> Sequence[InstanceStep] | None:
         return self._taken(self._driver.step())
 
@@ -148,6 +158,7 @@ class _Orchestrator:
         self._advance = engines.advance if fast_forward else engines.step
         self._on_turn = on_turn
         self._start_ns = engines.clock.now_ns()
+        self._speculates = tuple(core.config.speculate != "none" for core in engines.cores)
         self._tells_future = any(core.config.needs_foresight for core in engines.cores)
         self._sessions: dict[str, _Session] = {}  # by the id of the request under way
         self._programs = {program.program_id: program for program in workload.programs} if workload.steps else {}
@@ -213,7 +224,7 @@ class _Orchestrator:
                 session.token_ns.append(event.at_ns - self._start_ns)
             elif isinstance(event, RequestFinished):
                 self._instances.append(step.instance)
-                self._turn_done(self._sessions.pop(event.request_id), event)
+                self._turn_done(self._sessions.pop(event.request_id), event, step.instance)
         meter.sample(step.now_ns - self._start_ns, step.occupancy)
 
     # ---- worlds ----
@@ -298,10 +309,10 @@ class _Orchestrator:
                 SamplingParams(max_tokens=turn.output_tokens, temperature=0.0, seed=seed),
                 agent_id=turn.agent or program.program_id,
                 session_id=program.program_id if turn.agent is None else f"{program.program_id}/{turn.agent}",
-                program_id=None if turn.agent is None else program.program_id,
+                program_id=program.task or (None if turn.agent is None else program.program_id),
                 adapter=program.adapter,
                 tool_name=turn.tool_name,
-                is_last_turn=session.turn_index + 1 == len(program.turns),
+                is_last_turn=session.turn_index + 1 == len(program.turns) if program.says_end else None,
                 foresight=self._foresight(session) if self._tells_future else None,
             ),
         )
@@ -319,7 +330,7 @@ class _Orchestrator:
     def _arrival_ns(self, turn: Turn) -> int:
         return self._start_ns + round((turn.arrival_ms or 0.0) * _NS_PER_MS)
 
-    def _turn_done(self, session: _Session, event: RequestFinished) -> None:
+    def _turn_done(self, session: _Session, event: RequestFinished, instance: int) -> None:
         program, turn = session.program, session.program.turns[session.turn_index]
         error = event.error
         if error is None and len(session.token_ns) < turn.output_tokens:
@@ -348,6 +359,9 @@ class _Orchestrator:
             if not self._sessions:
                 self._step_done(event.at_ns)
         elif error is None and session.turn_index < len(program.turns):
+            if self._speculates[instance]:
+                # What a server knows as well: the conversation up to the result of the tool.
+                self._engines.tell(event.at_ns, Speculate(event.request_id, tuple(session.history)), instance)
             arrival_ns = self._arrival_ns(program.turns[session.turn_index])
             self._call_at(max(event.at_ns + round(turn.tool_gap_ms * _NS_PER_MS), arrival_ns), session)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 MIN_PREFIX_TOKENS = 16
 """Prompts that begin alike for fewer tokens share nothing that a cache of usual block size could keep."""
@@ -17,16 +17,17 @@ def num_common_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def group_prefixes(prompts: Iterable[tuple[str | None, Sequence[int]]]) -> list[tuple[str | None, int]]:
-    """For each prompt (cache salt, token ids) the group that it begins like, and for how many tokens; (None, 0) alone.
+def group_prefixes(prompts: Iterable[tuple[Hashable, Sequence[int]]]) -> list[tuple[str | None, int]]:
+    """For each prompt (scope, token ids) the group that it begins like, and for how many tokens; (None, 0) alone.
 
-    Each prompt is compared with the first one of its group only: that is linear, and exact for one system prompt.
+    Prompts of different scopes, such as their cache salts, have nothing in common. Each prompt is compared
+    with the first one of its group only: that is linear, and exact for one system prompt.
     """
-    leaders: dict[tuple[str | None, tuple[int, ...]], tuple[int, Sequence[int]]] = {}
+    leaders: dict[tuple[Hashable, tuple[int, ...]], tuple[int, Sequence[int]]] = {}
     groups: list[int] = []
     shared: list[int] = []
-    for index, (salt, prompt) in enumerate(prompts):
-        leader, first = leaders.setdefault((salt, tuple(prompt[:MIN_PREFIX_TOKENS])), (index, prompt))
+    for index, (scope, prompt) in enumerate(prompts):
+        leader, first = leaders.setdefault((scope, tuple(prompt[:MIN_PREFIX_TOKENS])), (index, prompt))
         groups.append(leader)
         shared.append(0)
         if leader != index and len(prompt) >= MIN_PREFIX_TOKENS:

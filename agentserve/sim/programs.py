@@ -98,6 +98,10 @@ class Program:
     """Tokens in a block of `Turn.block_ids`. 0: no turn has blocks."""
     adapter: str | None = None
     """The LoRA adapter that its calls are for."""
+    task: str | None = None
+    """What it is a part of, if that has several programs: to policies all of them are one."""
+    says_end: bool = True
+    """Whether its last call says that it is the last one. A simulated client knows; many real ones do not."""
 
     def __post_init__(self) -> None:
         _check_name("program_id", self.program_id)
@@ -109,8 +113,11 @@ class Program:
         if self.arrival_ms is not None:
             _check_duration("arrival_ms", self.arrival_ms)
         _check_name("role", self.role)
-        if self.adapter is not None:
-            _check_name("adapter", self.adapter)
+        for name in ("adapter", "task"):
+            if getattr(self, name) is not None:
+                _check_name(name, getattr(self, name))
+        if not isinstance(self.says_end, bool):
+            raise WorkloadError(f"says_end: expected true or false, not {shown(self.says_end)}")
 
     def _check_prefix(self) -> None:
         if self.prefix_id is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agentserve.core.batch import BatchOutput
-from agentserve.core.events import SubmitRequest
+from agentserve.core.events import NoteTurn, SubmitRequest
 from agentserve.errors import WorkloadError
 from agentserve.runtime.recording import Header, Recording
 from agentserve.sim.metrics import TurnRecord
@@ -27,6 +27,8 @@ class _Call:
     arrival_ns: int
     token_ns: list[int] = field(default_factory=list)
     """When each token was there."""
+    tool_name: str | None = None
+    """What its answer was found to end with."""
     num_cached_tokens: int | None = None
     """At its first admission."""
     is_done: bool = False
@@ -63,8 +65,9 @@ def read_recording(path: Path, *, seed: int = 0) -> RecordedTraffic:
 
     A request whose prompt continues the prompt and output of an earlier request of the same agent and session is the
     next turn of its program; the time between them is the tool gap. All others start a program when they arrived.
-    First prompts that begin with the same tokens (and have the same cache salt) get a common prefix. Requests that
-    got no token are left out, and the notes count them. The prompts themselves are drawn anew from `seed`.
+    First prompts that begin with the same tokens (and have the same cache salt and adapter) get a common prefix.
+    Requests that got no token are left out, and the notes count them. The prompts themselves are drawn anew from
+    `seed`.
 
     Raises RecordingError if the file cannot be read, WorkloadError if no request in it got a token.
     """
@@ -76,7 +79,7 @@ def read_recording(path: Path, *, seed: int = 0) -> RecordedTraffic:
     start_ns = min(chain[0].arrival_ns for chain in chains)
     programs = []
     records: list[TurnRecord] = []
-    prefixes = group_prefixes((c[0].command.cache_salt, c[0].command.prompt_token_ids) for c in chains)
+    prefixes = group_prefixes((_scope(c[0].command), c[0].command.prompt_token_ids) for c in chains)
     for index, (chain, (prefix_id, num_prefix_tokens)) in enumerate(zip(chains, prefixes, strict=True)):
         program_id = f"recorded-{index:04d}"
         programs.append(
@@ -86,6 +89,9 @@ def read_recording(path: Path, *, seed: int = 0) -> RecordedTraffic:
                 prefix_id=prefix_id,
                 prefix_tokens=num_prefix_tokens,
                 arrival_ms=(chain[0].arrival_ns - start_ns) / _NS_PER_MS,
+                adapter=chain[0].command.adapter,
+                task=chain[0].command.program_id,
+                says_end=chain[-1].command.is_last_turn is True,
             )
         )
         records += _records(program_id, chain, start_ns)
@@ -113,7 +119,9 @@ def _calls(recording: Recording) -> list[_Call]:
                     call.token_ns.append(step.now_ns)
         for command in step.commands:
             if isinstance(command, SubmitRequest):
-                calls[command.request_id] = _Call(command, step.now_ns)
+                calls[command.request_id] = _Call(command, step.now_ns, tool_name=command.tool_name)
+            elif isinstance(command, NoteTurn) and command.request_id in calls:
+                calls[command.request_id].tool_name = command.tool_name
         for line in step.decisions:
             _book(line, calls)
     return list(calls.values())
@@ -155,10 +163,10 @@ def _records(program_id: str, chain: Sequence[_Call], start_ns: int) -> list[Tur
 def _chains(calls: list[_Call]) -> list[list[_Call]]:
     """Calls by conversation: each continues the one before it."""
     chains: list[list[_Call]] = []
-    open_chains: dict[tuple[str | None, str | None, str | None], list[list[_Call]]] = {}
+    open_chains: dict[tuple[str | None, ...], list[list[_Call]]] = {}
     for call in calls:
         command = call.command
-        candidates = open_chains.setdefault((command.agent_id, command.session_id, command.cache_salt), [])
+        candidates = open_chains.setdefault((command.agent_id, command.session_id, *_scope(command)), [])
         # The longest one: of a conversation and a branch of it, the branch.
         chain = max((c for c in candidates if _continues(call, c[-1])), key=lambda c: c[-1].num_tokens, default=None)
         if chain is None:
@@ -167,6 +175,11 @@ def _chains(calls: list[_Call]) -> list[list[_Call]]:
             candidates.append(chain)
         chain.append(call)
     return chains
+
+
+def _scope(command: SubmitRequest) -> tuple[str | None, str | None]:
+    """Prompts share prefixes only within it."""
+    return command.cache_salt, command.adapter
 
 
 def _continues(call: _Call, before: _Call) -> bool:
@@ -180,6 +193,7 @@ def _turns(chain: list[_Call]) -> tuple[Turn, ...]:
     num_history = 0
     for call, following in itertools.zip_longest(chain, chain[1:]):
         gap_ms = (following.arrival_ns - call.end_ns) / _NS_PER_MS if following else 0.0
-        turns.append(Turn(len(call.command.prompt_token_ids) - num_history, call.num_output_tokens, gap_ms))
+        num_new = len(call.command.prompt_token_ids) - num_history
+        turns.append(Turn(num_new, call.num_output_tokens, gap_ms, call.tool_name))
         num_history = call.num_tokens
     return tuple(turns)

@@ -177,9 +177,13 @@ def table(results: Sequence[Result], names: Sequence[str]) -> Table:
     return made
 
 
+_SEATS = frozenset({"policy", "order", "protect_anchors", "admission", "speculate"})
+"""Options that name a policy, or switch one on."""
+
+
 def is_comparable(result: Result, names: Sequence[str]) -> bool:
     """Whether a result may stand beside others that differ in `names`: not if a policy is compared that never fired."""
-    return result["mechanism"]["why_not"] is None or not {"policy", "order", "protect_anchors"}.intersection(names)
+    return result["mechanism"]["why_not"] is None or _SEATS.isdisjoint(names)
 
 
 def refusals(results: Sequence[Result], names: Sequence[str]) -> list[str]:

@@ -30,6 +30,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Protocol
 
+from agentserve.core.events import HUMAN
 from agentserve.errors import WorkloadError
 from agentserve.sim.programs import Program, Turn, Workload
 from agentserve.sim.records import Notes, Record
@@ -181,8 +182,8 @@ def with_tool_times(workload: Workload, profile: ToolProfile, seed: int) -> Work
     """The workload with all tool gaps drawn from the profile, in whole microseconds.
 
     A turn without a `tool_name` first gets one from the profile's mix; without a mix its gap stays as it is, and the
-    notes count that. The last turn of a program has no gap; gaps behind dependencies stay. Raises WorkloadError for a
-    tool that the profile does not know.
+    notes count that. The last turn of a program has no gap; gaps behind dependencies stay, and those of people.
+    Raises WorkloadError for a tool that the profile does not know.
     """
     notes = Notes()
     programs = tuple(_redrawn(program, profile, seed, notes) for program in workload.programs)
@@ -200,7 +201,7 @@ def fit_tools(workload: Workload, *, name: str = "fitted", log_normal: bool = Fa
     samples: dict[str, list[float]] = {}
     for program in workload.programs:
         for turn in program.turns[:-1]:
-            if turn.tool_name is not None:
+            if turn.tool_name not in (None, HUMAN):
                 samples.setdefault(turn.tool_name, []).append(turn.tool_gap_ms)
     if not samples:
         raise WorkloadError(f"workload {workload.name}: no turn names the tool behind it, so there is nothing to fit")
@@ -216,7 +217,7 @@ def _redrawn(program: Program, profile: ToolProfile, seed: int, notes: Notes) ->
     for index, turn in enumerate(program.turns):
         random = Random(f"{seed}/tool/{program.program_id}/{index}")
         tool_name = turn.tool_name
-        if index + 1 == len(program.turns):
+        if index + 1 == len(program.turns) or tool_name == HUMAN:
             turns.append(turn)
             continue
         if tool_name is None:

@@ -20,16 +20,17 @@ from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from types import MappingProxyType
 
+from agentserve.errors import WorkloadError
 from agentserve.sim.programs import Program, Turn, WorldStep
 
 NUM_STEPS = 16
 _PERSONA = (1400, 1800)
 _OBSERVATION = (24, 72)
 _DECISION = (24, 40)
-_GAP_MS = 100.0
+GAP_MS = 100.0
 """The world moves on: positions, needs, what agents see."""
-_MEAN_ACTION = 4
-"""Steps from a call to the next one: a fifth of the agents is active."""
+MEAN_ACTION = 4
+"""Steps that an action takes, on average, besides that of its call: a fifth of the agents is active."""
 _SPACING = 12.0
 """Of the agents of a town, in units of what they walk in a step."""
 _SPEED = 1.0
@@ -52,7 +53,7 @@ class _Plan:
         gap_ms = 0.0
         for calls, distances in zip(self.calls, self.distances, strict=True):
             said.update(distances)
-            gap_ms += _GAP_MS
+            gap_ms += GAP_MS
             if calls:
                 told = tuple((self.names[agent], said[agent]) for agent in sorted(said))
                 steps.append(WorldStep(tuple(self.names[agent] for agent in calls), told, gap_ms))
@@ -60,16 +61,17 @@ class _Plan:
         return tuple(steps)
 
 
-def independent(num_agents: int, num_steps: int, random: Random) -> _Plan:
-    """Actions of 2 to 8 steps, of which one in five takes a step more or less than the framework has said."""
+def independent(num_agents: int, num_steps: int, random: Random, mean_action: int = MEAN_ACTION) -> _Plan:
+    """Actions of 2 to `2 * mean_action` steps, so `1 / (mean_action + 1)` of the agents is active; one action in five
+    takes a step more or less than the framework has said."""
     plan = _Plan(num_agents, num_steps)
-    due = [agent % (_MEAN_ACTION + 1) for agent in range(num_agents)]
+    due = [agent % (mean_action + 1) for agent in range(num_agents)]
     for step in range(num_steps):
         for agent in range(num_agents):
             if due[agent] != step:
                 continue
             plan.calls[step].append(agent)
-            said = _action(random)
+            said = _action(random, mean_action)
             error = random.choice((-1, 1)) if random.random() < 0.2 else 0
             due[agent] = step + max(1, said + error)
             # Said while the call is open: it holds from its end on, in the steps after this one.
@@ -83,13 +85,13 @@ def interaction(num_agents: int, num_steps: int, random: Random) -> _Plan:
     side = _SPACING * math.sqrt(num_agents)
     places = [(random.uniform(0, side), random.uniform(0, side)) for _ in range(num_agents)]
     headings = [random.uniform(0, 2 * math.pi) for _ in range(num_agents)]
-    due = [agent % (_MEAN_ACTION + 2) for agent in range(num_agents)]
-    talked = [-_MEAN_ACTION] * num_agents
+    due = [agent % (MEAN_ACTION + 2) for agent in range(num_agents)]
+    talked = [-MEAN_ACTION] * num_agents
     for step in range(num_steps):
         nearest = _nearest(places, side)
         for agent in range(num_agents):
             other, apart, _ = nearest[agent]
-            meets = apart <= _TALK_AT and step - max(talked[agent], talked[other]) >= _MEAN_ACTION
+            meets = apart <= _TALK_AT and step - max(talked[agent], talked[other]) >= MEAN_ACTION
             if meets and due[agent] > step:
                 talked[agent] = talked[other] = due[agent] = due[other] = step
         for agent in range(num_agents):
@@ -106,7 +108,7 @@ def interaction(num_agents: int, num_steps: int, random: Random) -> _Plan:
                 if apart
             )
             meeting = math.ceil((apart - _TALK_AT) / closing) if closing > 0 and other != agent else math.inf
-            if step - max(talked[agent], talked[other]) < _MEAN_ACTION:
+            if step - max(talked[agent], talked[other]) < MEAN_ACTION:
                 meeting = math.inf
             plan.distances[step][agent] = float(max(1.0, min(due[agent] - step, meeting)))
         for agent, (x, y) in enumerate(places):
@@ -144,7 +146,13 @@ WORLDS: Mapping[str, Callable[[int, int, Random], _Plan]] = MappingProxyType(
 
 
 def make_world(
-    name: str, num_agents: int, num_steps: int, scaled: Callable[[int], int], seed: int
+    name: str,
+    num_agents: int,
+    num_steps: int,
+    scaled: Callable[[int], int],
+    seed: int,
+    *,
+    mean_action: int | None = None,
 ) -> tuple[tuple[Program, ...], tuple[WorldStep, ...]]:
     """The agents of a world that call at all, each with an adapter of its own, and its steps.
 
@@ -154,8 +162,17 @@ def make_world(
         num_steps: of the world.
         scaled: what becomes of the length of a prompt.
         seed: of everything.
+        mean_action: steps that an action takes besides that of its call; only of agents that are independent.
+
+    Raises WorkloadError for `mean_action` in another world, or if it is not positive.
     """
-    steps = WORLDS[name](num_agents, num_steps, Random(f"{seed}/{name}")).steps()
+    random = Random(f"{seed}/{name}")
+    if mean_action is None:
+        steps = WORLDS[name](num_agents, num_steps, random).steps()
+    elif name != "independent" or mean_action < 1:
+        raise WorkloadError(f"mean_action: a positive number, for independent agents; not {mean_action} for {name}")
+    else:
+        steps = independent(num_agents, num_steps, random, mean_action).steps()
     num_turns: dict[str, int] = {}
     for step in steps:
         for program_id in step.calls:
@@ -176,9 +193,9 @@ def _turns(count: int, scaled: Callable[[int], int], random: Random) -> tuple[Tu
     return tuple(turns)
 
 
-def _action(random: Random) -> int:
-    """Steps that an action takes: 2 to 8, on average 5."""
-    return random.randint(2, 2 * _MEAN_ACTION)
+def _action(random: Random, mean_action: int = MEAN_ACTION) -> int:
+    """Steps that an action takes, with that of its call: 2 to 8, on average 5."""
+    return random.randint(2, 2 * mean_action)
 
 
 def _nearest(places: Sequence[tuple[float, float]], side: float) -> list[tuple[int, float, tuple[float, float]]]:

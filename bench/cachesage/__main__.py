@@ -14,6 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -49,22 +50,65 @@ def rows_of(cases: Sequence[Case], results: Sequence[Sequence[Replayed]]) -> lis
     return rows
 
 
-def reached(rows: Sequence[dict[str, object]], policy: str) -> dict[int, list[str]]:
-    """By size of the memory, the workloads on which a policy reaches both goals, as the mean of the seeds."""
-    found: dict[int, list[str]] = {}
-    for num_blocks in sorted({int(str(row["num_blocks"])) for row in rows}):
-        here = [row for row in rows if row["num_blocks"] == num_blocks and row["policy"] == policy]
-        found[num_blocks] = [
-            name
-            for name in dict.fromkeys(str(row["workload"]) for row in here)
-            if _mean(here, name, "hit_gain_points") >= HIT_GOAL_POINTS and _mean(here, name, "ttft_change") <= TTFT_GOAL
-        ]
-    return found
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What a policy gains against lru on a workload in one size of memory, over the seeds: mean, least and most."""
+
+    workload: str
+    num_blocks: int
+    policy: str
+    hit_rate: float
+    """Mean."""
+    hit_points: tuple[float, float, float]
+    ttft_change: tuple[float, float, float]
+
+    @property
+    def reaches_goals(self) -> bool:
+        """In the mean."""
+        return self.hit_points[0] >= HIT_GOAL_POINTS and self.ttft_change[0] <= TTFT_GOAL
 
 
-def _mean(rows: Sequence[dict[str, object]], workload: str, name: str) -> float:
-    values = [float(str(row[name])) for row in rows if row["workload"] == workload]
-    return sum(values) / len(values)
+def gains_of(rows: Sequence[dict[str, object]]) -> list[Gain]:
+    """Over the seeds, in the order of the rows."""
+    by_case: dict[tuple[str, int, str], list[dict[str, object]]] = {}
+    for row in rows:
+        key = (str(row["workload"]), int(str(row["num_blocks"])), str(row["policy"]))
+        by_case.setdefault(key, []).append(row)
+    return [
+        Gain(*key, _spread(each, "hit_rate")[0], _spread(each, "hit_gain_points"), _spread(each, "ttft_change"))
+        for key, each in by_case.items()
+    ]
+
+
+def _spread(rows: Sequence[dict[str, object]], name: str) -> tuple[float, float, float]:
+    values = [float(str(row[name])) for row in rows]
+    return sum(values) / len(values), min(values), max(values)
+
+
+def reached(gains: Sequence[Gain], policy: str) -> dict[int, list[str]]:
+    """By size of the memory, the workloads on which a policy reaches both goals."""
+    mine = [gain for gain in gains if gain.policy == policy]
+    return {
+        num_blocks: [gain.workload for gain in mine if gain.num_blocks == num_blocks and gain.reaches_goals]
+        for num_blocks in sorted({gain.num_blocks for gain in mine})
+    }
+
+
+def summary_of(gains: Sequence[Gain]) -> Table:
+    table = Table("workload", "blocks", "policy", "hits %", "points (range)", "TTFT change % (range)", "goals")
+    for gain in gains:
+        mean, least, most = gain.hit_points
+        change, best, worst = (100.0 * value for value in gain.ttft_change)
+        if gain.policy != "lru":
+            points = f"{mean:+.1f} ({least:+.1f} to {most:+.1f})"
+            times = f"{change:+.0f} ({best:+.0f} to {worst:+.0f})"
+        else:
+            points = times = ""
+        hits = f"{100.0 * gain.hit_rate:.1f}"
+        table.add_row(
+            gain.workload, str(gain.num_blocks), gain.policy, hits, points, times, "yes" if gain.reaches_goals else ""
+        )
+    return table
 
 
 def table_of(rows: Sequence[dict[str, object]]) -> Table:
@@ -90,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workloads", default=",".join(ROUTINGS))
     parser.add_argument("--recording", type=Path, help="calls of a daemon (serve --record) instead of the workloads")
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="KV blocks")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="such as 2,3,4,5")
     parser.add_argument("--agents", type=int, default=6, help="tasks that run at once")
     parser.add_argument("--tasks", type=int, default=24)
     parser.add_argument("--max-num-seqs", type=int, default=4)
@@ -103,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Case(name, int(size), seed, options.agents, options.tasks, options.max_num_seqs, options.gpu, options.recording)
         for name in names
         for size in options.sizes.split(",")
-        for seed in range(options.seeds)
+        for seed in map(int, options.seeds.split(","))
     ]
     try:
         with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -112,14 +156,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(str(error), style="red")
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    goals = {policy: reached(rows, policy) for policy in POLICY_CHANGES if policy != "lru"}
-    command = shlex.join(["python", "-m", "bench.cachesage", *(sys.argv[1:] if arguments is None else arguments)])
-    document = {"command": command, "conditions": conditions(), "rows": rows, "goals_reached": goals}
+    gains = gains_of(rows)
+    goals = {policy: reached(gains, policy) for policy in POLICY_CHANGES if policy != "lru"}
+    words = sys.argv[1:] if arguments is None else arguments
+    # Paths of this machine say nothing to others.
+    command = shlex.join(
+        ["python", "-m", "bench.cachesage", *(Path(w).name if w.startswith("/") else w for w in words)]
+    )
+    document = {
+        "command": command,
+        "conditions": conditions(),
+        "rows": rows,
+        "gains": [dataclasses.asdict(gain) for gain in gains],
+        "goals_reached": goals,
+    }
     (options.out / "cachesage.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    console.print(table_of(rows))
-    console.print(goals)
+    console.print(summary_of(gains), goals)
     with (options.out / "cachesage.txt").open("w", encoding="utf-8") as file:
-        Console(width=120, file=file).print(table_of(rows), goals)
+        Console(width=120, file=file).print(summary_of(gains), goals, table_of(rows))
     draw(rows, options.out / "cachesage.png", options.gpu)
     return 0
 

@@ -17,6 +17,7 @@ from agentserve.runtime.replay import build_core
 from agentserve.runtime.virtual import VirtualDriver
 from agentserve.sim.orchestrator import simulate
 from agentserve.sim.programs import Workload
+from bench.cachesage.losses import LossMeter
 from bench.cachesage.oracle import ReplayOracle
 
 POLICY_CHANGES: Mapping[str, Mapping[str, object]] = {
@@ -88,10 +89,10 @@ def read(path: Path) -> Traffic:
     return Traffic(path.name, recording.header, tuple((at_ns - start_ns, command) for at_ns, command in calls))
 
 
-def replay(traffic: Traffic, policy: str, num_blocks: int) -> Replayed:
+def replay(traffic: Traffic, policy: str, num_blocks: int, meter: LossMeter | None = None) -> Replayed:
     """The same calls at the same times under a policy of `POLICY_CHANGES`, on simulated hardware as recorded.
 
-    Raises AssertionError if a policy raises or a call fails.
+    `meter` looks at each step. Raises AssertionError if a policy raises or a call fails.
     """
     config = dataclasses.replace(
         traffic.header.config,
@@ -108,6 +109,8 @@ def replay(traffic: Traffic, policy: str, num_blocks: int) -> Replayed:
     finished: list[RequestFinished] = []
     while (result := driver.advance()) is not None:
         finished += [event for event in result.events if isinstance(event, RequestFinished)]
+        if meter is not None:
+            meter.saw(result, core.memory)
     return _summary(policy, num_blocks, finished, core.stats().num_preemptions, driver)
 
 

@@ -14,22 +14,25 @@ from typing import Any
 
 from agentserve.sim.sweep import code_version
 from bench.scalesim.plots import draw_all
-from bench.scalesim.report import table
+from bench.scalesim.report import merged, table
 from bench.scalesim.runs import SYSTEMS, Setting, run
 
 WORKLOADS = ("independent", "interaction", "diffusion")
 AGENTS = (25, 50, 100, 250, 500, 1000)
-_MODELS = ("qwen2.5-3b", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b")
+_MEAN_ACTIONS = (19, 9, 6, 4, 3, 2)
+"""Of the figure of densities: one in 20 to one in 3 agents is active."""
+_MODELS = ("qwen2.5-3b", "qwen2.5-7b", "qwen3-14b", "qwen3-32b")
 
 
 def plan(agents: Sequence[int]) -> dict[str, list[Setting]]:
-    """The settings of each part of the evaluation. A setting that two parts have is simulated once."""
+    """The settings of each part of the evaluation, with one seed. A setting that two parts have is simulated once."""
     middle = min(agents, key=lambda count: abs(count - 250))
     return {
         "main": [Setting(w, s, count) for count in agents for w in WORKLOADS for s in SYSTEMS],
         "density": [
-            Setting("independent", s, middle, max(2, round(share * middle)))
-            for share in (0.22, 0.25, 0.3, 0.4, 0.6)
+            Setting("independent", s, count, steps)
+            for count in dict.fromkeys((middle, min(agents, key=lambda count: abs(count - 500))))
+            for steps in _MEAN_ACTIONS
             for s in SYSTEMS
         ],
         "models": [Setting("independent", s, min(middle, 100), model=m) for m in _MODELS for s in SYSTEMS],
@@ -46,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of results, table and figures")
     parser.add_argument("--agents", default=",".join(map(str, AGENTS)), help="numbers of agents")
     parser.add_argument("--parts", default=",".join(plan(AGENTS)), help="parts of the evaluation")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each setting, with other workloads")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args(argv)
     parts = plan([int(count) for count in arguments.agents.split(",")])
@@ -53,14 +57,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in wanted if name not in parts]
     if unknown:
         parser.error(f"--parts: there is no {unknown[0]!r}; there are {', '.join(parts)}")
-    chosen = {name: parts[name] for name in wanted}
+    if arguments.seeds < 1:
+        parser.error(f"--seeds: expected at least 1, not {arguments.seeds}")
+    seeds = range(arguments.seeds)
+    chosen = {name: [dataclasses.replace(s, seed=seed) for s in parts[name] for seed in seeds] for name in wanted}
     out: Path = arguments.out
     results = simulated([s for settings in chosen.values() for s in settings], out / "cells", arguments.jobs)
     by_part = {name: [results[setting] for setting in settings] for name, settings in chosen.items()}
-    text = table(by_part)
     (out / "results.json").write_text(json.dumps(by_part, indent=1) + "\n", encoding="utf-8")
+    means = {name: merged(found) for name, found in by_part.items()}
+    text = table(means)
     (out / "table.txt").write_text(text, encoding="utf-8")
-    draw_all(by_part, out)
+    draw_all(means, out)
     print(text, end="")
     return 0
 
@@ -77,7 +85,7 @@ def simulated(settings: Iterable[Setting], directory: Path, num_jobs: int) -> di
         else:
             missing.append(setting)
     # The largest last: what is there after an interruption is then the most.
-    missing.sort(key=lambda setting: setting.num_agents)
+    missing.sort(key=lambda setting: (setting.seed, setting.num_agents))
     with ProcessPoolExecutor(max(1, num_jobs)) as pool:
         futures = {pool.submit(run, setting): setting for setting in missing}
         for future in as_completed(futures):

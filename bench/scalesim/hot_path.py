@@ -12,14 +12,13 @@ from agentserve.build.simulation import build_instance
 from agentserve.core.agents.runtime import AgentRuntime
 from agentserve.runtime.virtual import VirtualDriver
 from agentserve.sim.orchestrator import simulate
-from agentserve.sim.workloads import make_workload
-from bench.scalesim.runs import Setting, engine_header
+from bench.scalesim.runs import Setting, engine_header, world
 
 
 def measure(num_agents: int) -> dict[str, Any]:
     """Microseconds that the runtime layer takes, by what it was asked. A step asks it for `act` once."""
     setting = Setting("independent", "scalesim", num_agents)
-    workload = make_workload(setting.workload, num_agents=num_agents)
+    workload = world(setting)
     driver = VirtualDriver(*build_instance(engine_header(setting, workload)))
     agents = driver.core.agents
     times: dict[str, list[float]] = {}

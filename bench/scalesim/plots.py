@@ -3,6 +3,7 @@ breakdown."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from bench.load.style import add_caption, plain_numbers, plt, save_figure
-from bench.scalesim.report import CONDITIONS, Result, by_system, residents_of, speedup, ttft_cut
-from bench.scalesim.runs import SYSTEMS
+from bench.scalesim.report import CONDITIONS, Result, by_system, speedups, ttft_changes
+from bench.scalesim.runs import SYSTEMS, Setting
 
 _COLORS = {"lru": "#c17817", "hierarchical": "#d1495b", "scalesim": "#30638e"}
 _MARKERS = {"lru": "s", "hierarchical": "D", "scalesim": "o"}
@@ -67,9 +68,15 @@ def _lines(axis: Axes, systems: Mapping[str, Sequence[Result]], value: str) -> N
 def _speedups(results: Sequence[Result], out: Path) -> Path:
     def draw(axis: Axes, systems: dict[str, list[Result]]) -> None:
         for shift, system in ((-0.2, "hierarchical"), (0.2, "scalesim")):
-            values = [speedup(lru, ours) for lru, ours in zip(systems["lru"], systems[system], strict=True)]
+            runs = [speedups(lru, ours) for lru, ours in zip(systems["lru"], systems[system], strict=True)]
+            values = [statistics.fmean(found) for found in runs]
+            ranges = [
+                [mean - min(found) for mean, found in zip(values, runs, strict=True)],
+                [max(found) - mean for mean, found in zip(values, runs, strict=True)],
+            ]
             places = [index + shift for index in range(len(values))]
             bars = axis.bar(places, values, 0.38, color=_COLORS[system], label=SYSTEMS[system])
+            axis.errorbar(places, values, ranges, fmt="none", ecolor="0.2", elinewidth=0.8, capsize=2)
             axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
         axis.axhline(1.0, color="0.4", lw=0.8)
         axis.set_xticks(range(len(systems["lru"])), [f"{count:,}" for count in _agents(systems["lru"])])
@@ -82,9 +89,10 @@ def _speedups(results: Sequence[Result], out: Path) -> Path:
 def _ttfts(results: Sequence[Result], out: Path) -> Path:
     def draw(axis: Axes, systems: dict[str, list[Result]]) -> None:
         _lines(axis, systems, "ttft_ms")
+        axis.margins(y=0.12)
         for before, ours in zip(systems["hierarchical"], systems["scalesim"], strict=True):
             axis.annotate(
-                f"{-ttft_cut(before, ours):+.0%}",
+                f"{statistics.fmean(ttft_changes(before, ours)):+.0%}",
                 (ours["setting"]["num_agents"], ours["ttft_ms"]),
                 textcoords="offset points", xytext=(0, -13), ha="center", fontsize=7, color=_COLORS["scalesim"],
             )  # fmt: skip
@@ -102,25 +110,30 @@ def _steps(results: Sequence[Result], out: Path) -> Path:
 
 
 def _density(results: Sequence[Result], out: Path) -> Path:
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.2))
+    counts = sorted(set(_agents(results)))
+    figure, axes = plt.subplots(1, 2 * len(counts), figsize=(4.4 * 2 * len(counts), 4.2), squeeze=False)
     figure.set_layout_engine("constrained")
-    systems = by_system(results)
-    for axis, value, label in ((axes[0], "world_ms", "ms a step, gap included"), (axes[1], "ttft_ms", "TTFT, ms")):
-        for system, found in systems.items():
-            shares = [100 * residents_of(result) / result["setting"]["num_agents"] for result in found]
-            axis.plot(
-                shares, [r[value] for r in found], color=_COLORS[system], marker=_MARKERS[system],
-                label=SYSTEMS[system],
-            )  # fmt: skip
-        axis.set_xlabel("agents whose memory fits the device, %")
-        axis.set_ylabel(label)
-        axis.set_yscale("log")
-        plain_numbers(axis.yaxis)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    count = results[0]["setting"]["num_agents"]
-    figure.suptitle(f"Share of the agents on the device: independent, {count} agents, a fifth active (Fig. 11)")
-    add_caption(figure, CONDITIONS.replace("residents 25 % of the agents, at most 125; ", ""))
+    for index, count in enumerate(counts):
+        systems = by_system(results, num_agents=count)
+        for axis, value, label in zip(
+            axes[0][2 * index :], ("world_ms", "ttft_ms"), ("ms a step, gap included", "TTFT, ms"), strict=False
+        ):
+            for system, found in systems.items():
+                shares = [100 * result["active_share"] for result in found]
+                axis.plot(
+                    shares, [r[value] for r in found], color=_COLORS[system], marker=_MARKERS[system],
+                    label=SYSTEMS[system],
+                )  # fmt: skip
+            axis.axvline(100 * Setting("independent", "lru", count).residents / count, color="0.5", lw=0.8, ls="--")
+            axis.set_xlabel("active agents, %; dashed: as many as fit")
+            axis.set_ylabel(label)
+            axis.set_title(f"{count} agents")
+            axis.set_yscale("log")
+            plain_numbers(axis.yaxis)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.suptitle("Share of the agents that call in a step: independent (Fig. 11)")
+    add_caption(figure, CONDITIONS)
     return save_figure(figure, out / "fig11_density.png")
 
 
@@ -142,7 +155,7 @@ def _models(results: Sequence[Result], out: Path) -> Path:
     axes[0].legend(fontsize=8)
     count = results[0]["setting"]["num_agents"]
     figure.suptitle(f"Models, on one GPU: independent, {count} agents (Fig. 12)")
-    add_caption(figure, CONDITIONS.replace("Qwen2.5-7B", "Qwen2.5"))
+    add_caption(figure, CONDITIONS.replace("Qwen2.5-7B", "four models"))
     return save_figure(figure, out / "fig12_models.png")
 
 

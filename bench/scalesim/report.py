@@ -1,20 +1,37 @@
-"""The results as text."""
+"""The results as text, and what seeds have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.scalesim.runs import SYSTEMS
+from bench.scalesim.runs import SYSTEMS, Setting
 
 Result = Mapping[str, Any]
 
 CONDITIONS = (
     "Simulated: H100 80 GB (profile of agentserve), Qwen2.5-7B in bfloat16, one LoRA adapter of rank 16 for each "
-    "agent, adapters and KV over one PCIe 5.0 x16 link (50.4 GB/s), half of it each where both come over it; residents "
-    "25 % of the agents, at most 125; persona of 1,400 to 1,800 tokens, observations of 24 to 72, decisions of 24 to "
-    "40; the world takes 100 ms between two steps; steps 7 to 16 of a run, mean over calls."
+    "agent, adapters and KV over one PCIe 5.0 x16 link (50.4 GB/s), one copy at a time; residents 25 % of the agents, "
+    "at most 125; persona of 1,400 to 1,800 tokens, observations of 24 to 72, decisions of 24 to 40; the world takes "
+    "100 ms between two steps; the last 10 steps of a run, mean over calls."
 )
+
+
+def merged(results: Sequence[Result]) -> list[Result]:
+    """One result for each setting: means over its seeds, and the results themselves as `runs`."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        setting = {name: value for name, value in result["setting"].items() if name != "seed"}
+        groups.setdefault(json.dumps(setting, sort_keys=True), []).append(result)
+    return [_mean_of(runs) for runs in groups.values()]
+
+
+def _mean_of(runs: list[Result]) -> Result:
+    numbers = [name for name, value in runs[0].items() if isinstance(value, int | float)]
+    means = {name: statistics.fmean(run[name] for run in runs) for name in numbers}
+    return {**means, "setting": runs[0]["setting"], "runs": runs}
 
 
 def by_system(results: Sequence[Result], **fixed: Any) -> dict[str, list[Result]]:
@@ -23,54 +40,59 @@ def by_system(results: Sequence[Result], **fixed: Any) -> dict[str, list[Result]
     return {system: [r for r in chosen if r["setting"]["system"] == system] for system in SYSTEMS}
 
 
-def speedup(other: Result, ours: Result) -> float:
-    """How much less time a step of the world takes, the gap between steps included."""
-    return float(other["world_ms"] / ours["world_ms"])
+def speedups(other: Result, ours: Result) -> list[float]:
+    """For each seed, how much less time a step of the world takes, the gap between steps included."""
+    return _compared(other, ours, lambda a, b: float(a["world_ms"] / b["world_ms"]))
 
 
-def ttft_cut(other: Result, ours: Result) -> float:
-    """By what share the mean time to the first token is shorter."""
-    return float(1.0 - ours["ttft_ms"] / other["ttft_ms"])
+def ttft_changes(other: Result, ours: Result) -> list[float]:
+    """For each seed, by what share the mean time to the first token is longer."""
+    return _compared(other, ours, lambda a, b: float(b["ttft_ms"] / a["ttft_ms"] - 1.0))
+
+
+def _compared(other: Result, ours: Result, compare: Callable[[Result, Result], float]) -> list[float]:
+    seeds = [run["setting"]["seed"] for run in ours["runs"]]
+    assert seeds == [run["setting"]["seed"] for run in other["runs"]], "other seeds"
+    return [compare(a, b) for a, b in zip(other["runs"], ours["runs"], strict=True)]
 
 
 def table(by_part: Mapping[str, Sequence[Result]]) -> str:
-    """A line for each setting, with the comparisons; parts one after the other."""
-    lines = [CONDITIONS, ""]
+    """A line for each setting of merged results, with the comparisons; parts one after the other."""
+    lines = [CONDITIONS, "Speed-up against LRU without host tier, TTFT against the reactive host tier: mean [range]."]
     for part, results in by_part.items():
-        lines.append(part)
+        num_seeds = len(results[0]["runs"])
+        lines.append("")
+        lines.append(f"{part} ({num_seeds} seed{'s' if num_seeds > 1 else ''})")
         lines.append(
-            f"{'workload':12} {'agents':>6} {'on device':>9} {'model':12} {'len':>4} {'thr':>4} {'system':13} "
-            f"{'active':>6} "
-            f"{'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} {'speed-up':>8} {'TTFT':>6}"
+            f"{'workload':12} {'agents':>6} {'fit':>4} {'model':12} {'len':>4} {'thr':>4} {'system':13} {'active':>6} "
+            f"{'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} {'speed-up':>18} {'TTFT':>18}"
         )
         baselines: dict[tuple[Any, ...], dict[str, Result]] = {}
         for result in results:
             baselines.setdefault(_key(result), {})[result["setting"]["system"]] = result
-        for result in results:
-            found = baselines[_key(result)]
-            lines.append(_line(result, found))
-        lines.append("")
+        lines += [_line(result, baselines[_key(result)]) for result in results]
     return "\n".join(lines) + "\n"
 
 
 def _key(result: Result) -> tuple[Any, ...]:
-    names = ("workload", "num_agents", "num_residents", "model", "scale")
+    names = ("workload", "num_agents", "mean_action", "model", "scale")
     return tuple(result["setting"][name] for name in names)
-
-
-def residents_of(result: Result) -> int:
-    """Agents whose memory fits the device."""
-    setting = result["setting"]
-    return int(setting["num_residents"] or max(2, min(125, round(0.25 * setting["num_agents"]))))
 
 
 def _line(result: Result, found: Mapping[str, Result]) -> str:
     setting = result["setting"]
-    faster = f"{speedup(found['lru'], result):8.2f}" if "lru" in found else " " * 8
-    sooner = f"{-ttft_cut(found['hierarchical'], result):+6.0%}" if "hierarchical" in found else " " * 6
+    faster = _spread(speedups(found["lru"], result), "{:.2f}") if "lru" in found else ""
+    sooner = _spread(ttft_changes(found["hierarchical"], result), "{:+.0%}") if "hierarchical" in found else ""
     return (
-        f"{setting['workload']:12} {setting['num_agents']:6} {residents_of(result):9} {setting['model']:12} "
+        f"{setting['workload']:12} {setting['num_agents']:6} {Setting(**setting).residents:4} {setting['model']:12} "
         f"{setting['scale']:4.2g} {setting['prefetch_distance']:4.2g} {setting['system']:13} "
         f"{result['active_share']:6.0%} {result['step_ms']:8.0f} {result['ttft_ms']:8.1f} {result['ttft_p99_ms']:7.0f} "
-        f"{result['wait_ms']:8.1f} {result['hit_rate']:5.0%} {faster} {sooner}"
+        f"{result['wait_ms']:8.1f} {result['hit_rate']:5.0%} {faster:>18} {sooner:>18}"
     )
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    mean = form.format(statistics.fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} [{form.format(min(values))}, {form.format(max(values))}]"

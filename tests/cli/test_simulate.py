@@ -288,11 +288,13 @@ def test_every_option_has_an_effect() -> None:
         "max_num_batched_tokens": "512", "prefill_chunk": "64", "kv_offloading_size": "8", "cxl_size": "4",
         "host_link_gb_per_s": "9", "cxl_link_gb_per_s": "9", "kv_write_back": "on_evict",
         "policy": "evict_always", "order": "plas", "protect_anchors": "true", "prefetch_distance": "3",
-        "prediction": "false", "max_loras": "2", "lora_rank": "32",
+        "prediction": "false", "max_loras": "2", "lora_rank": "32", "admission": "working_set",
+        "speculate": "lost_context", "speculate_tokens": "64",
     }  # fmt: skip
     beside = {
         "prefetch_distance": {"policy": "invocation_distance"},
         "prediction": {"policy": "transition"},
+        "speculate_tokens": {"speculate": "next_turn"},
         "max_loras": {"workload": "independent"},
         "lora_rank": {"workload": "independent"},
     }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from agentserve.core.agents import Policy
 from agentserve.core.agents.factory import PolicyContext
+from agentserve.core.agents.policy import Action, Admit, ToolUse, TurnEvent, TurnKind
 from agentserve.core.agents.registry import Session
 from agentserve.core.memory.eviction import Key
+from agentserve.core.request import Request
 
 
 class MostTurnsStay(Policy):
@@ -13,6 +17,32 @@ class MostTurnsStay(Policy):
 
     def score(self, session: Session, now_ns: int) -> Key:
         return (session.num_turns, session.last_used_ns)
+
+
+class OneProgram(Policy):
+    """Sits in two seats: lets one session in at a time, and lets no tool out that writes."""
+
+    def __init__(self) -> None:
+        self.session: Session | None = None
+        self.waiting: list[tuple[Session, str]] = []
+
+    def holds(self, session: Session, request: Request, now_ns: int) -> bool:
+        self.session = self.session or session
+        if session is not self.session:
+            self.waiting.append((session, request.request_id))
+        return session is not self.session
+
+    def observe(self, event: TurnEvent) -> None:
+        if event.kind is TurnKind.FINISHED and event.session.is_last_turn:
+            self.session = None
+
+    def act(self, now_ns: int) -> Iterable[Action]:
+        if self.session is None and self.waiting:
+            self.session, request_id = self.waiting.pop(0)
+            yield Admit(request_id)
+
+    def refusal(self, use: ToolUse) -> str | None:
+        return "nothing is written here" if use.tool_name.startswith("write") else None
 
 
 class NeedsContext(Policy):

@@ -13,8 +13,9 @@ from agentserve import config as configuration
 from agentserve.build import policies, simulation
 from agentserve.config import EngineConfig, resolve
 from agentserve.core.agents.factory import PolicyContext
+from agentserve.core.agents.policy import ToolUse
 from agentserve.core.agents.registry import AgentRegistry
-from agentserve.core.events import PolicyFailed
+from agentserve.core.events import PolicyFailed, RequestAdmitted
 from agentserve.errors import ConfigError
 from agentserve.sim.cells import expand
 from tests.composition import plugin_policies
@@ -61,6 +62,29 @@ def test_one_that_raises_loses_its_seat_under_its_own_name() -> None:
     assert finished(results)["r"].error is None
     failed = [event for result in results for event in result.events if isinstance(event, PolicyFailed)]
     assert [(event.policy, event.error) for event in failed] == [(name, "RuntimeError: out of ideas")]
+
+
+def test_a_plug_in_holds_calls_back_and_refuses_tool_calls() -> None:
+    name = f"{HERE}:OneProgram"
+    driver = simulation.build_driver(header(admission=name))
+    for request_id, session, is_last in (("a", "s", False), ("b", "t", True), ("c", "s", True)):
+        driver.at(0, submit(request_id, 8, session_id=session, is_last_turn=is_last))
+    order = [
+        event.request_id for result in driver.run() for event in result.events if isinstance(event, RequestAdmitted)
+    ]
+    assert order == ["a", "c", "b"]
+    config = resolve({"safety": name, "tool_allow": "*=read,write_file"}, {}, {}).config
+    listed, other = policies.safety_policies(config)
+    use = ToolUse("a", "write_file")
+    assert (listed.refusal(use), other.refusal(use)) == (None, "nothing is written here")
+    assert policies.safety_policies(resolve({}, {}, {}).config) == []
+
+
+def test_one_policy_may_have_several_seats() -> None:
+    name = f"{HERE}:OneProgram"
+    driver = simulation.build_driver(header(policy=name, order=name, admission=name, protect_anchors=False))
+    agents = driver.core.agents
+    assert len(agents._policies) == 1
 
 
 def test_it_may_be_told_what_it_is_made_with() -> None:

@@ -30,6 +30,7 @@ from tests.models.builders import save_tiny_model
         ("cpu", {"kv_disk_path": "x"}, "--kv-disk-path needs --kv-disk-size"),
         ("cpu", {"kv_disk_size": 1.0}, "need each other"),
         ("cpu", {"kv_write_back": "on_evict"}, "--kv-write-back needs"),
+        ("cpu", {"kv_flush_timeout": 5.0, "kv_offloading_size": 1.0}, "--kv-flush-timeout needs --kv-disk-path"),
         ("cpu", {"kv_offloading_size": 1e9}, "GiB of memory are free"),
         ("cuda", {"kv_offloading_size": 1.0, "prefix_caching": False}, "need prefix caching"),
         ("cpu", {"kv_disk_size": 1.0, "kv_disk_path": "/dev/null/kv"}, "--kv-disk-path /dev/null/kv: Not a directory"),
@@ -87,7 +88,19 @@ async def generate(engine: Engine, token_ids: Sequence[int]) -> tuple[list[int],
     raise AssertionError("the stream has no end")
 
 
-def test_a_daemon_goes_on_with_the_kv_of_the_one_before_it_and_the_recording_replays(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "num_kept"),
+    [
+        ({}, 48),
+        # With a host tier nothing has to leave for the disk while the daemon runs: it is written when it ends.
+        ({"kv_offloading_size": 0.001}, 48),
+        ({"kv_offloading_size": 0.001, "kv_write_back": "on_evict"}, 48),
+        ({"kv_offloading_size": 0.001, "kv_flush_timeout": 0.0}, 0),
+    ],
+)
+def test_a_daemon_goes_on_with_the_kv_of_the_one_before_it_and_the_recording_replays(
+    tmp_path: Path, options: dict[str, Any], num_kept: int
+) -> None:
     save_tiny_model(tmp_path / "tiny", "llama", max_position_embeddings=512)
     words = tokenizers.models.WordLevel({f"w{index}": index for index in range(100)}, unk_token="w0")
     tokenizer = tokenizers.Tokenizer(words)
@@ -103,6 +116,7 @@ def test_a_daemon_goes_on_with_the_kv_of_the_one_before_it_and_the_recording_rep
             kv_disk_path=str(tmp_path / "kv"),
             kv_disk_size=0.01,
             record=str(tmp_path / f"log{turn}"),
+            **options,
         )
         engine = build_engine(config, lambda _: None)
         try:
@@ -110,8 +124,8 @@ def test_a_daemon_goes_on_with_the_kv_of_the_one_before_it_and_the_recording_rep
         finally:
             engine.stop()
         found = next(note for note in engine.notes if note.startswith("disk tier"))
-        assert ("0 found" in found) == (turn == 0)
+        assert f", {num_kept // 16 if turn else 0} found" in found
         assert replay(tmp_path / f"log{turn}").divergence is None
     # Three blocks of 16 tokens.
-    assert [num_cached for _, num_cached in answers] == [0, 48]
+    assert [num_cached for _, num_cached in answers] == [0, num_kept]
     assert answers[0][0] == answers[1][0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from agentserve.config import ControlConfig, EngineConfig, TieringConfig
+from agentserve.config import ControlConfig, EngineConfig, LoraConfig, TieringConfig
 from agentserve.core.batch import Batch, BatchOutput, TokenSample
 from agentserve.core.costmodel import Contention, CostModel, DeviceProfile, ModelShape
 from agentserve.core.engine import EngineCore
@@ -109,6 +109,7 @@ def simulated(
     lookahead: int = 1,
     tiering: TieringConfig | None = None,
     constrained: ConstrainedTokens | None = None,
+    lora: LoraConfig | None = None,
 ) -> SimulatedExecutor:
     return SimulatedExecutor(
         cost_model(),
@@ -118,6 +119,7 @@ def simulated(
         lookahead=lookahead,
         tiering=tiering,
         constrained=constrained,
+        lora=lora,
     )
 
 
@@ -126,7 +128,13 @@ def virtual(**values: Any) -> VirtualDriver:
     values_of = engine.config
     return VirtualDriver(
         engine,
-        simulated(values_of.num_blocks, values_of.block_size, values_of.decode_lookahead, values_of.tiering),
+        simulated(
+            values_of.num_blocks,
+            values_of.block_size,
+            values_of.decode_lookahead,
+            values_of.tiering,
+            lora=values_of.lora,
+        ),
     )
 
 

@@ -279,6 +279,7 @@ def test_predictive_stays_within_its_bounds(
         controller.observe(observation(decision, round(ratio * 10 * MS), shape=at.decodes))
 
 
+@settings(deadline=None)
 @given(st.integers(5, 100), st.integers(0, 100), st.integers(1, 6))
 def test_predictive_with_a_looser_target_never_reads_prompts_slower(tight_ms: int, more_ms: int, decodes: int) -> None:
     at = signal(decodes=decodes)

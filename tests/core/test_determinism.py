@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from agentserve.config import ControlConfig
+from agentserve.config import AdapterConfig, ControlConfig, LoraConfig, TierConfig, TieringConfig
 from agentserve.core.decision_log import describe
-from agentserve.core.events import EndRequest
+from agentserve.core.events import EndRequest, SetDistances
 from agentserve.core.request import FinishReason
 from agentserve.runtime.virtual import VirtualDriver
 from tests.core.builders import MS, submit, virtual
@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fcfs": {"scheduler": "fcfs"},
     "ttl": {"policy": "ttl"},
     "plas": {"order": "plas", "max_num_seqs": 2},
+    "invocation_distance": {"policy": "invocation_distance"},
 }
 """Every controller, every scheduler, and policies."""
 
@@ -65,13 +66,41 @@ def shared_device(driver: VirtualDriver) -> VirtualDriver:
     return driver
 
 
+def announced(driver: VirtualDriver) -> VirtualDriver:
+    """Five agents with adapters of their own call in steps, two at a time; who is how far is said in each step.
+
+    Once it is wrong: c does not come in the third step, but in the fifth. Memory is there for two or three of them.
+    """
+    steps = ("ab", "cd", "be", "da", "ce", "ab")
+    said = ("ab", "cd", "bc", "da", "ce", "ab")
+    histories = {name: tuple(range(100 * index, 100 * index + 20)) for index, name in enumerate("abcde", start=1)}
+    for index, names in enumerate(steps):
+        at_ns = 120 * index * MS
+        for name in names:
+            histories[name] += tuple(range(1000 + 10 * index, 1006 + 10 * index))
+            request = submit(f"{name}{index}", histories[name], max_tokens=3, adapter=name, agent_id=name)
+            driver.at(at_ns, request)
+        rest = said[index + 1 :]
+        distances = ((name, next((i for i, s in enumerate(rest, start=1) if name in s), 9)) for name in histories)
+        driver.at(at_ns + MS, SetDistances(tuple((name, float(distance)) for name, distance in distances)))
+    return driver
+
+
+ADAPTERS = LoraConfig(tuple(AdapterConfig(name, 4000, 2) for name in "abcde"), max_resident=2, read_bytes_per_s=1e6)
+HOST = TieringConfig(4000, (TierConfig("host", 40, 1e7, 1e7),), max_transfer_blocks=4)
+
+
 def golden_logs(name: str) -> dict[str, list[str]]:
     """The logs of one way, by file name."""
     values = WAYS[name]
-    return {
+    logs = {
         f"three_agents.{name}.log": log_of(three_agents(virtual(num_blocks=22, max_model_len=64, **values))),
         f"shared_device.{name}.log": log_of(shared_device(virtual(num_blocks=200, **values))),
     }
+    if "policy" in values:
+        tiered = virtual(num_blocks=24, max_model_len=64, tiering=HOST, lora=ADAPTERS, **values)
+        logs[f"announced.{name}.log"] = log_of(announced(tiered))
+    return logs
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from agentserve.config import CONTROLLERS, PREFILL_ORDERS, SCHEDULERS, SLOTS, ControlConfig, TierConfig, TieringConfig
 from agentserve.core.batch import PENDING_TOKEN, Batch, BatchOutput, Lane, TokenSample
 from agentserve.core.engine import StepResult
-from agentserve.core.events import Command, EndRequest, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.events import Command, EndRequest, RequestFinished, Speculate, SubmitRequest, TokenGenerated
 from agentserve.core.executor import Completion
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.transfers import Transfer, TransferKind, TransferOutput
@@ -45,8 +45,11 @@ class EngineMachine(RuleBasedStateMachine):
         order=st.sampled_from(PREFILL_ORDERS),
         lookahead=st.sampled_from([1, 2]),
         tiering=st.sampled_from(TIERINGS),
+        speculate=st.sampled_from(["none", "next_turn"]),
     )
-    def build(self, way: dict[str, Any], order: str, lookahead: int, tiering: TieringConfig | None) -> None:
+    def build(
+        self, way: dict[str, Any], order: str, lookahead: int, tiering: TieringConfig | None, speculate: str
+    ) -> None:
         self.core = core(
             num_blocks=10,
             max_model_len=40,
@@ -58,6 +61,8 @@ class EngineMachine(RuleBasedStateMachine):
             prefill_order=order,
             decode_lookahead=lookahead,
             tiering=tiering,
+            speculate="none" if "scheduler" in way else speculate,
+            speculate_tokens=18,
             **way,
         )
 
@@ -72,6 +77,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.flying: dict[Lane, list[Batch]] = {}
         self.copying: list[Transfer] = []
         self.commands: list[Command] = []
+        self.guesses: list[tuple[int, ...]] = []
 
     def step(self, outputs: list[Completion]) -> None:
         self.now_ns += 1
@@ -103,6 +109,11 @@ class EngineMachine(RuleBasedStateMachine):
             }
             before.append(batch)
             for chunk in batch.chunks:
+                if chunk.request_id.startswith("\0speculation/"):
+                    assert chunk.sample is None, "nobody has asked for a token"
+                    assert any(guess[chunk.start : chunk.end] == chunk.token_ids for guess in self.guesses)
+                    assert len(batch.chunks) == 1 or all(c.sample is not None for c in batch.chunks if c is not chunk)
+                    continue
                 known = (*self.prompts[chunk.request_id], *self.texts[chunk.request_id])
                 if chunk.token_ids == (PENDING_TOKEN,):
                     assert chunk.start == sampling[chunk.request_id] == len(known)
@@ -125,6 +136,8 @@ class EngineMachine(RuleBasedStateMachine):
         presence=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
         priority=st.sampled_from([0, 0, 0, -1]),
         salt=st.sampled_from([None, None, "s"]),
+        session=st.sampled_from([None, "x", "y"]),
+        goes_on=st.booleans(),
     )
     def submit(
         self,
@@ -136,14 +149,35 @@ class EngineMachine(RuleBasedStateMachine):
         presence: float,
         priority: int,
         salt: str | None,
+        session: str | None,
+        goes_on: bool,
     ) -> None:
         name = f"r{self.num_submitted}"
         self.num_submitted += 1
-        prompt = tuple(base * 100 + i for i in range(length)) + tuple(range(900, 900 + own))
+        text = tuple(base * 100 + i for i in range(length))
+        if goes_on and self.guesses:
+            text = self.guesses[base % len(self.guesses)][:length]
+        prompt = text + tuple(range(900, 900 + own))
         self.alive.add(name)
         self.prompts[name], self.texts[name] = prompt, []
         params = SamplingParams(max_tokens, temperature=0.0, stop_token_ids=stops, presence_penalty=presence)
-        self.commands.append(SubmitRequest(name, prompt, params, priority=priority, cache_salt=salt))
+        self.commands.append(
+            SubmitRequest(name, prompt, params, priority=priority, cache_salt=salt, session_id=session)
+        )
+
+    @precondition(lambda self: self.prompts)
+    @rule(data=st.data(), own=st.integers(0, 20), when=st.sampled_from(["later", "now", "idle", "idle"]))
+    def speculate(self, data: st.DataObject, own: int, when: str) -> None:
+        # Also about requests that still run, and about sessions that have called again.
+        name = data.draw(st.sampled_from(sorted(self.prompts)))
+        if when == "idle":
+            self.run_out()
+            name = list(self.ended)[-1]
+        guess = (*self.prompts[name], *self.texts[name], *range(700, 700 + own))
+        self.guesses.append(guess)
+        self.commands.append(Speculate(name, guess))
+        if when != "later":
+            self.step([])
 
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), reason=st.sampled_from([FinishReason.CANCELLED, FinishReason.STOP]))
@@ -189,6 +223,17 @@ class EngineMachine(RuleBasedStateMachine):
         """Everything that was accepted comes to an end, and every block comes back."""
         if not hasattr(self, "core"):
             return  # hypothesis gave up before the first rule
+        self.run_out()
+        assert not self.alive, f"never ended: {sorted(self.alive)}"
+        assert set(self.ended) == set(self.prompts)
+        for name, reason in self.ended.items():
+            if not 1 <= len(self.prompts[name]) < 40:
+                assert reason in (FinishReason.ERROR, FinishReason.CANCELLED, FinishReason.STOP)
+        self.core.check_invariants()
+        assert self.core.memory.num_available_blocks == 10
+
+    def run_out(self) -> None:
+        """Goes on until nothing is left to do."""
         for _ in range(2000):
             if not (self.alive or any(self.flying.values()) or self.commands or self.copying):
                 break
@@ -206,13 +251,6 @@ class EngineMachine(RuleBasedStateMachine):
                 for batch in [batches.pop(0)]
             ]
             self.step(outputs)
-        assert not self.alive, f"never ended: {sorted(self.alive)}"
-        assert set(self.ended) == set(self.prompts)
-        for name, reason in self.ended.items():
-            if not 1 <= len(self.prompts[name]) < 40:
-                assert reason in (FinishReason.ERROR, FinishReason.CANCELLED, FinishReason.STOP)
-        self.core.check_invariants()
-        assert self.core.memory.num_available_blocks == 10
 
 
 TestEngineMachine = EngineMachine.TestCase

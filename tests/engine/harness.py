@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from agentserve.core.batch import Batch
 from agentserve.core.engine import EngineCore
-from agentserve.core.events import RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.events import Command, RequestFinished, TokenGenerated
 from agentserve.core.executor import Executor
 from agentserve.core.request import FinishReason
 
@@ -23,14 +23,14 @@ class Run:
         self.batches: list[Batch] = []
 
 
-def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest], *, apart: bool = False) -> Run:
+def drive(core: EngineCore, executor: Executor, requests: Sequence[Command], *, apart: bool = False) -> Run:
     """Submits the requests, all at once or each after the end of the one before, and runs until all have ended."""
     run = Run()
     woken = threading.Event()
     executor.on_completion(woken.set)
     for group in [[request] for request in requests] if apart else [list(requests)]:
         commands = group
-        while commands or core.has_unfinished:
+        while commands or core.has_unfinished or core.is_speculating:
             result = core.step(time.monotonic_ns(), executor.poll(time.monotonic_ns()), commands)
             commands = []
             core.check_invariants()
@@ -46,7 +46,7 @@ def drive(core: EngineCore, executor: Executor, requests: Sequence[SubmitRequest
                 executor.submit(batch, time.monotonic_ns())
             for transfer in result.transfers:
                 executor.submit_transfer(transfer, time.monotonic_ns())
-            if core.has_unfinished:
+            if core.has_unfinished or core.is_speculating:
                 assert woken.wait(60), "the executor is silent"
                 woken.clear()
     return run

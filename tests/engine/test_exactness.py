@@ -8,7 +8,7 @@ agree within 1e-4, so a wrong mask or position cannot hide behind an equal argma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.engine import EngineCore
-from agentserve.core.events import SubmitRequest
+from agentserve.core.events import Speculate, SubmitRequest
 from agentserve.core.executor import Executor
 from agentserve.core.request import SamplingParams, WorkClass
 from agentserve.executors.pytorch.devices.cpu import CpuDevice
@@ -244,6 +244,30 @@ def test_after_a_prefix_hit(subject: Subject, executor_of: Callable[..., TorchEx
         known = len(before.prompt_token_ids) + before.sampling.max_tokens - 1
         assert stats.num_cached_tokens == known // BLOCK_SIZE * BLOCK_SIZE
         assert stats.first_work_class == WorkClass.RESUME_PREFILL
+    check(subject, second, again)
+
+
+def test_after_speculation(subject: Subject, executor_of: Callable[..., TorchExecutor]) -> None:
+    """What was computed before anybody asked, beside somebody who decodes, is what would have been computed later."""
+    executor = executor_of(subject)
+    core = make_core(executor, resume_min_cached_tokens=BLOCK_SIZE, speculate="next_turn")
+    first = requests_for(subject.prompts[:3], subject.num_tokens)
+    run = drive(core, executor, first)
+    # Answers as they were written but for the first one, which comes back as something else; then what opens a result.
+    answers = [subject.prompts[3], run.tokens["r1"], run.tokens["r2"]]
+    heads = [(*r.prompt_token_ids, *answer, *range(5, 40)) for r, answer in zip(first, answers, strict=True)]
+    guesses = [Speculate(r.request_id, head) for r, head in zip(first, heads, strict=True)]
+    others = [
+        replace(request, request_id="other") for request in requests_for(subject.prompts[4:5], subject.num_tokens)
+    ]
+    beside = drive(core, executor, [*others, *guesses])
+    second = [
+        SubmitRequest(f"second-{index}", (*head, *head[:9]), first[index].sampling) for index, head in enumerate(heads)
+    ]
+    again = drive(core, executor, second)
+    for request, head in zip(second, heads, strict=True):
+        assert again.ends[request.request_id].stats.num_cached_tokens == len(head) // BLOCK_SIZE * BLOCK_SIZE
+    check(subject, others, beside)
     check(subject, second, again)
 
 

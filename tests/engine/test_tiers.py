@@ -6,18 +6,23 @@ import errno
 import logging
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentserve.core.events import EndRequest, SubmitRequest
+from agentserve.config import TierConfig, TieringConfig
+from agentserve.core.events import EndRequest, EngineEvent, RequestFinished, SubmitRequest
 from agentserve.core.transfers import Tier, Transfer
+from agentserve.errors import EngineError
 from agentserve.executors.pytorch.tiers import block_file
 from agentserve.executors.pytorch.tiers.links import TierLinks
 from agentserve.models.interface import DecoderModel
 from agentserve.models.loader import load_model
+from agentserve.runtime.live import LiveDriver, MonotonicClock
+from agentserve.runtime.replay import build_core
+from tests.core.builders import header, simulated, submit
 from tests.engine.harness import Run
 from tests.engine.tiers import BLOCK_SIZE, greedy, start, tiering
 from tests.executors.builders import load_tiny
@@ -102,6 +107,53 @@ def test_a_disk_tier_is_found_again_after_a_restart(model, computed, tmp_path, a
     assert engine.stats("disk").num_hit_tokens == 12 * BLOCK_SIZE
     assert_same(run, computed(again, attention=attention))
     engine.close()
+
+
+@pytest.mark.parametrize("write_back", ["incremental", "on_evict"])
+def test_what_only_the_host_has_is_flushed_and_found_after_a_restart(model, computed, tmp_path, write_back) -> None:
+    """Two prompts of 12 blocks, one on the device and one on the host; then the same with room for one on the disk."""
+    for num_files, names in ((64, "ab"), (14, "b")):
+        tiers = tiering(model, host=64, disk=num_files, write_back=write_back)
+        directory = tmp_path / str(num_files)
+        engine = start(model, num_blocks=NUM_BLOCKS, tiers=tiers, directory=directory)
+        engine.run([greedy("a", prompt(1)), greedy("b", prompt(2))], apart=True)
+        assert engine.stats("disk").num_used_blocks == 0
+        engine.flush()
+        engine.close()
+        again = [greedy(name, (*prompt(seed), 7, 8, 9)) for name, seed in (("a", 1), ("b", 2)) if name in names]
+        engine = start(model, num_blocks=NUM_BLOCKS, tiers=tiers, directory=directory)
+        # The answers reach into a 13th block. Of two prompts the one used last is worth more, with its beginning.
+        assert engine.stats("disk").num_used_blocks == min(num_files, 24)
+        run = engine.run(again, apart=True)
+        assert [end.stats.num_cached_tokens for end in run.ends.values()] == [12 * BLOCK_SIZE] * len(again)
+        assert_same(run, computed(*again))
+        engine.close()
+
+
+def test_a_flush_that_takes_too_long_is_given_up(caplog) -> None:
+    """A disk that needs 1,000 s to write a block; the driver waits for a moment and stops."""
+    tiers = TieringConfig(1000, (TierConfig("host", 64, 1e12, 1e12), TierConfig("disk", 64, 1e12, 1.0)))
+    done = threading.Event()
+
+    def on_events(events: Sequence[EngineEvent]) -> None:
+        if any(isinstance(event, RequestFinished) for event in events):
+            done.set()
+
+    driver = LiveDriver(
+        build_core(header(tiering=tiers)),
+        simulated(tiering=tiers),
+        MonotonicClock(),
+        on_events=on_events,
+        on_failure=pytest.fail,
+        flush_timeout_s=0.05,
+    )
+    driver.start()
+    driver.post(submit("a", 40))
+    assert done.wait(30)
+    driver.stop()
+    assert "not all of the KV cache was written in 0.05 s" in caplog.text
+    with pytest.raises(EngineError):
+        driver.post(submit("b", 40))
 
 
 @ATTENTIONS

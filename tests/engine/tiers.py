@@ -12,7 +12,7 @@ from typing import Any
 
 from agentserve.config import ControlConfig, EngineConfig, TierConfig, TieringConfig
 from agentserve.core.engine import EngineCore, StepResult
-from agentserve.core.events import Command, RequestFinished, SubmitRequest, TokenGenerated
+from agentserve.core.events import Command, FlushTiers, RequestFinished, SubmitRequest, TokenGenerated
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import TierStats
 from agentserve.executors.pytorch.devices.cpu import CpuDevice
@@ -88,6 +88,12 @@ class TieredEngine:
         while residency.is_busy:
             self._wait()
             self.step()
+
+    def flush(self) -> None:
+        """What a driver does before it stops."""
+        self.settle()
+        self.step([FlushTiers()])
+        self.settle()
 
     def _wait(self) -> None:
         assert self._woken.wait(_TIMEOUT_S), "the executor is silent"

@@ -44,6 +44,9 @@ class Script:
     def stats(self) -> EngineStats:
         return EngineStats()
 
+    def ask(self, question: Any) -> Any:
+        raise EngineError("there is no engine to ask")
+
 
 @pytest.fixture
 def script() -> Script:

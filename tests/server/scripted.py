@@ -9,14 +9,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from agentserve.core.agents.policy import Policy
 from agentserve.core.batch import TokenSample
 from agentserve.core.events import (
     Command,
+    EndRequest,
     EngineEvent,
+    NoteTurn,
     PrefillProgress,
     RequestAdmitted,
     RequestFinished,
     RequestStats,
+    Speculate,
     SubmitRequest,
     TokenGenerated,
 )
@@ -26,6 +30,7 @@ from agentserve.errors import EngineError
 from agentserve.runtime.client import EngineClient
 from agentserve.server.answer_format import AnswerSupport
 from agentserve.server.app import ServerOptions, ServerState
+from agentserve.server.caching import CacheOptions
 from agentserve.text.grammar.compiler import GrammarCompiler
 from agentserve.text.grammar.masks import GrammarMasks
 from agentserve.text.output import OutputFormat
@@ -112,6 +117,8 @@ class ScriptedDriver:
         self.client: EngineClient | None = None
         self.submitted: list[SubmitRequest] = []
         self.ended: list[tuple[str, FinishReason]] = []
+        self.notes: list[NoteTurn] = []
+        self.speculated: asyncio.Queue[Speculate] = asyncio.Queue()
         self.idle = asyncio.Event()
         self.idle.set()
         self.failure: str | None = None
@@ -135,7 +142,11 @@ class ScriptedDriver:
             self.idle.clear()
             # Not in the coroutine: one that is cancelled before its first step never runs.
             task.add_done_callback(lambda _: self._forget(run.id))
-        elif command.request_id in self._tasks:
+        elif isinstance(command, NoteTurn):
+            self.notes.append(command)
+        elif isinstance(command, Speculate):
+            self.speculated.put_nowait(command)
+        elif isinstance(command, EndRequest) and command.request_id in self._tasks:
             self.ended.append((command.request_id, command.reason))
             self._tasks[command.request_id].cancel()
             # Later, as it would come from the engine thread.
@@ -143,6 +154,9 @@ class ScriptedDriver:
 
     def stats(self) -> EngineStats:
         return self.engine_stats
+
+    def ask(self, question: Any) -> Any:
+        raise EngineError("there is no engine to ask")
 
     def die(self, message: str) -> None:
         assert self.client is not None
@@ -181,6 +195,8 @@ async def serve(
     *,
     max_queued_requests: int = 64,
     max_model_len: int = MAX_MODEL_LEN,
+    safety: Sequence[Policy] = (),
+    cache: CacheOptions | None = None,
     **options: Any,
 ) -> AsyncIterator[ScriptedDaemon]:
     """Starts a server on a free port whose engine plays `script` for each request."""
@@ -198,6 +214,8 @@ async def serve(
         tokenizer,
         PlainTemplate(),
         support=AnswerSupport(output, grammars),
+        safety=safety,
+        cache=cache,
         engine_failure=lambda: driver.failure,
     )
     daemon = ScriptedDaemon(state, driver)

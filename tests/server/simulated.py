@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from agentserve.core.agents.policy import Policy
 from agentserve.executors.simulated.constrained import ConstrainedTokens
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.runtime.client import EngineClient, EventBridge
@@ -33,6 +34,7 @@ async def serve(
     options: dict[str, Any] | None = None,
     reasoning: ReasoningFormat | None = None,
     speed: float = 1000.0,
+    safety: Sequence[Policy] = (),
     **config: Any,
 ) -> AsyncIterator[Daemon]:
     """A daemon on a device that is `speed` times as fast as the one of the builders; `config` is the engine's.
@@ -71,6 +73,7 @@ async def serve(
                 tokenizer,
                 PlainTemplate(),
                 support=AnswerSupport(output, grammars),
+                safety=safety,
                 engine_failure=lambda: driver.failure,
             )
         )

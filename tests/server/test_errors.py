@@ -365,7 +365,7 @@ async def test_our_own_bugs_are_logged_but_not_shown(
         def explode(*args: object) -> None:
             raise ValueError("secret detail")
 
-        monkeypatch.setattr(daemon.state.generation, "tokenize", explode)
+        monkeypatch.setattr(daemon.state.generation, "_tokenize", explode)
         status, error = await post(daemon, {"messages": HELLO})
         assert (status, error["code"]) == (500, "internal_error")
         assert "secret" not in error["message"]

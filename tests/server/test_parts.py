@@ -20,8 +20,8 @@ from agentserve.errors import (
 )
 from agentserve.server.body import format_location
 from agentserve.server.errors import ShuttingDownError, describe_error
-from agentserve.server.generation import derive_seed
 from agentserve.server.identity import identify
+from agentserve.server.sampling import derive_seed
 from agentserve.server.security import is_loopback
 
 # Strongest first; each one wins over all that follow.

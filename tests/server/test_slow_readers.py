@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -75,6 +76,22 @@ async def test_what_is_kept_for_a_client_that_does_not_read_is_bounded() -> None
             assert received.count(b"x") > MAX_UNREAD_TOKENS / 2
             assert received.count(b"p") >= 8_000_000
         await daemon.state.idle.wait()
+
+
+async def test_the_memory_for_clients_that_do_not_read_is_bounded() -> None:
+    """Eight streams of a million tokens each, at 100 bytes and more: what is kept of them has a bound for each."""
+    async with serve(endless, max_model_len=10_000_000) as daemon:
+        tracemalloc.start()
+        try:
+            with connect(daemon.port, "/v1/completions", stream=True, n=8, max_tokens=1_000_000, **LONG):
+                await until_ended(daemon, 8)
+                await daemon.driver.idle.wait()
+                _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        await daemon.state.idle.wait()
+    # 16,384 tokens of at most 500 bytes for each stream, and the prompt a few times.
+    assert 8_000_000 < peak_bytes < 8 * MAX_UNREAD_TOKENS * 500 + 64_000_000
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -36,11 +36,20 @@ async def test_metrics_and_health_show_each_tier() -> None:
     assert f"agentserve:kv_tier_used_blocks{host} {tier['num_used_blocks']}.0" in lines
     assert f"agentserve:kv_tier_loaded_bytes_total{host} {num_loaded // BLOCK_SIZE * 1000}.0" in lines
     assert f"agentserve:kv_tier_failed_transfers_total{host} 0.0" in lines
+    assert tier["num_loads"] >= 1 and tier["num_stores"] >= 2
+    assert f"agentserve:kv_tier_loads_total{host} {tier['num_loads']}.0" in lines
+    assert f"agentserve:kv_tier_stores_total{host} {tier['num_stores']}.0" in lines
+    assert 'agentserve:kv_tier_blocks{model_name="m",tier="device"} 40.0' in lines
 
 
-async def test_without_tiers_nothing_is_said_of_them() -> None:
+async def test_without_tiers_there_is_the_device_only() -> None:
     async with serve() as daemon, aiohttp.ClientSession() as session:
         async with session.get(f"{daemon.url}/metrics") as response:
-            assert "kv_tier" not in await response.text()
+            lines = [line for line in (await response.text()).splitlines() if line.startswith("agentserve:kv_tier")]
+            device = '{model_name="m",tier="device"}'
+            assert lines == [
+                f"agentserve:kv_tier_blocks{device} 256.0",
+                f"agentserve:kv_tier_used_blocks{device} 0.0",
+            ]
         async with session.get(f"{daemon.url}/health") as response:
             assert "kv_tiers" not in await response.json()

@@ -52,7 +52,7 @@ def test_it_is_true_until_its_time_is_over() -> None:
     assert memo.get("anna", "ls", body().arguments) is not None
     clock.now_s = 65.0
     assert memo.get("anna", "ls", body().arguments) is None
-    assert (len(memo), memo.num_bytes) == (0, 0)
+    assert (len(memo), memo.num_bytes, memo.num_expirations) == (0, 0, 1)
 
 
 def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +69,8 @@ def test_it_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tool_memo, "MAX_ENTRIES", 2)
     memo.put("anna", body(tool="l5", arguments={}, result=""))
     assert len(memo) == 2
+    # l2 for l4 to have room, l3 for l5, and one more because there may be two only.
+    assert (memo.num_stores, memo.num_evictions) == (5, 3)
 
 
 async def test_over_http() -> None:
@@ -93,3 +95,9 @@ async def test_over_http() -> None:
         ):
             assert (await send("PUT", **values))[0] == 400
         assert (await send("GET", params={"tool": "ls", "arguments": "[1]"}, headers=mine))[0] == 400
+        async with client.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        num_bytes = daemon.state.tool_memo.num_bytes
+        counts = {"entries": 1, "bytes": num_bytes, "stores_total": 1, "hits_total": 1, "misses_total": 2}
+        for name, count in {**counts, "expirations_total": 0, "evictions_total": 0}.items():
+            assert f'agentserve:tool_memo_{name}{{model_name="m"}} {count}.0' in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -10,9 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from agentserve.config import ControlConfig, TierConfig, TieringConfig
+from agentserve.core.batch import Batch, BatchShape, Lane, ScheduledChunk
+from agentserve.core.controllers import ControlSignal, DecodeSteps, follow_singly
+from agentserve.core.costmodel import CostModel
 from agentserve.core.decision_log import describe
 from agentserve.core.engine import StepResult
 from agentserve.core.events import EndRequest
+from agentserve.core.request import WorkClass
+from agentserve.core.slots import PartitionKind, SlotPartition
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.runtime.virtual import VirtualDriver
 from agentserve.sim.cluster import Cluster, Instance, Link
@@ -69,9 +75,37 @@ def state(driver: VirtualDriver) -> tuple[object, ...]:
     controller = driver.core._scheduler._controller
     if controller is None:
         return driver.core.stats(), free, nodes
-    known = {k: repr(v) for k, v in vars(controller).items() if isinstance(v, int | float | tuple | None)}
+    return driver.core.stats(), free, nodes, known(controller)
+
+
+def known(controller: object) -> tuple[object, ...]:
+    """What a controller remembers."""
+    values = {k: repr(v) for k, v in vars(controller).items() if isinstance(v, int | float | tuple | None)}
     corrections = getattr(controller, "_corrections", None)
-    return driver.core.stats(), free, nodes, known, corrections and repr(vars(corrections))
+    return values, corrections and repr(vars(corrections))
+
+
+def check(commands: list[Any], device: CostModel, values: dict[str, Any]) -> None:
+    """Runs the same commands both ways on a device, and compares."""
+    single, fast = (
+        VirtualDriver(
+            core(**values),
+            SimulatedExecutor(
+                device,
+                num_blocks=values["num_blocks"],
+                block_size=4,
+                vocabulary=range(100, 120),
+                lookahead=values.get("decode_lookahead", 1),
+                tiering=values.get("tiering"),
+            ),
+        )
+        for _ in range(2)
+    )
+    for at_ns, command in commands:
+        single.at(at_ns, command)
+        fast.at(at_ns, command)
+    assert fast_log(fast)[0] == single_log(single)
+    assert state(fast) == state(single)
 
 
 @st.composite
@@ -99,12 +133,7 @@ def calls(draw: st.DrawFn) -> list[tuple[int, Any]]:
 @given(commands=calls(), num_blocks=st.sampled_from([30, 40, 200]), lookahead=st.sampled_from([1, 2]))
 def test_runs_are_what_single_steps_are(name: str, commands: list[Any], num_blocks: int, lookahead: int) -> None:
     values = {"num_blocks": num_blocks, "max_model_len": 110, "decode_lookahead": lookahead, **WAYS[name]}
-    single, fast = virtual(**values), virtual(**values)
-    for at_ns, command in commands:
-        single.at(at_ns, command)
-        fast.at(at_ns, command)
-    assert fast_log(fast)[0] == single_log(single)
-    assert state(fast) == state(single)
+    check(commands, cost_model(), values)
 
 
 @RELAXED
@@ -114,20 +143,48 @@ def test_runs_with_policies_and_tiers(
 ) -> None:
     tiering = TIERING if tiered else None
     values = {"num_blocks": num_blocks, "max_model_len": 110, "control": ControlConfig(), "tiering": tiering, **policy}
-    single, fast = (
-        VirtualDriver(
-            core(**values),
-            SimulatedExecutor(
-                cost_model(), num_blocks=num_blocks, block_size=4, vocabulary=range(100, 120), tiering=tiering
-            ),
-        )
-        for _ in range(2)
-    )
-    for at_ns, command in commands:
-        single.at(at_ns, command)
-        fast.at(at_ns, command)
-    assert fast_log(fast)[0] == single_log(single)
-    assert state(fast) == state(single)
+    check(commands, cost_model(), values)
+
+
+@pytest.mark.parametrize("name", ["reactive", "predictive", "predictive-ttft"])
+@RELAXED
+@given(commands=calls(), slower=st.sampled_from([0.8, 1.25]), lookahead=st.sampled_from([1, 2]))
+def test_runs_on_a_device_that_is_not_as_predicted(
+    name: str, commands: list[Any], slower: float, lookahead: int
+) -> None:
+    """Controllers have corrections to learn, at every step."""
+    values = {"num_blocks": 200, "max_model_len": 110, "decode_lookahead": lookahead, **WAYS[name]}
+    check(commands, cost_model(bandwidth_bytes_per_s=1e9 / slower, flops_per_s=2e9 * slower), values)
+
+
+@st.composite
+def decode_steps(draw: st.DrawFn) -> DecodeSteps:
+    """Batches that take what is predicted, or not, beside a lane that is busy or idle, with prompts to read or none."""
+    num_decodes, is_shared = draw(st.integers(1, 5)), draw(st.booleans())
+    shape = BatchShape(num_decodes, num_decodes * draw(st.integers(1, 600)), num_samples=num_decodes)
+    partition = SlotPartition(8, 8, PartitionKind.STREAM if is_shared else PartitionKind.WHOLE)
+    chunk = ScheduledChunk("r", WorkClass.DECODE, 0, (1,), (0,), None)
+    batch = Batch(0, Lane.DECODE, partition, draw(st.sampled_from([is_shared, is_shared, not is_shared])), (chunk,))
+    count, started_ns = draw(st.integers(1, 30)), draw(st.integers(0, 10**9))
+    durations = cost_model().decode_durations(shape, partition, is_shared, count)
+    delays = draw(st.one_of(st.just([0] * count), st.lists(st.integers(-MS, MS), min_size=count, max_size=count)))
+    ends = accumulate([took + late for took, late in zip(durations, delays, strict=True)], initial=started_ns)
+    pending = draw(st.sampled_from([0, 0, 40]))
+    signal = ControlSignal(started_ns, shape, 0, pending, 0, 0, 0, started_ns - 5 * MS if pending else None)
+    return DecodeSteps(batch, shape, started_ns, list(ends)[1:], is_shared, signal)
+
+
+@pytest.mark.parametrize("name", ["static", "reactive", "predictive", "predictive-ttft"])
+@settings(deadline=None, max_examples=40)
+@given(parts=st.lists(decode_steps(), min_size=1, max_size=6))
+def test_controllers_follow_batches_as_they_would_one_by_one(name: str, parts: list[DecodeSteps]) -> None:
+    bulk, single = (core(**WAYS[name])._scheduler._controller for _ in range(2))
+    assert bulk is not None and single is not None
+    for steps in parts:
+        present = bulk.decide(steps.signal)
+        assert present == single.decide(steps.signal)
+        assert bulk.follow(steps, present) == follow_singly(single, steps, present)
+        assert known(bulk) == known(single)
 
 
 def test_most_decode_steps_are_in_runs() -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agentserve.core.events import HUMAN
 from agentserve.errors import WorkloadError
 from agentserve.sim.programs import Program, Turn, Workload
 from agentserve.sim.tools import (
@@ -261,3 +262,11 @@ def test_profiles_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(WorkloadError, match=r"x\.json: expected a JSON object: "):
         load_tool_profile(str(tmp_path / "x.json"))
+
+
+def test_a_tool_profile_leaves_what_people_take_alone() -> None:
+    turns = (Turn(8, 2, 500.0, "grep"), Turn(8, 2, 9000.0, HUMAN), Turn(8, 2))
+    workload = Workload("w", (Program("a", turns),), None)
+    assert set(fit_tools(workload).tools) == {"grep"}
+    gaps = [turn.tool_gap_ms for turn in with_tool_times(workload, TOOL_PROFILES["swe-bench"], 1).programs[0].turns]
+    assert gaps[0] != 500.0 and gaps[1] == 9000.0

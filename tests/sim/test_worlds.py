@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from agentserve.build.simulation import build_driver
@@ -9,7 +11,8 @@ from agentserve.errors import WorkloadError
 from agentserve.sim.orchestrator import simulate
 from agentserve.sim.programs import Program, Turn, Workload, WorldStep
 from agentserve.sim.workloads import make_workload
-from agentserve.sim.worlds import WORLDS
+from agentserve.sim.worlds import WORLDS, make_world
+from bench.scalesim.report import merged, table
 from bench.scalesim.runs import SYSTEMS, Setting, run
 from tests.core.builders import header
 
@@ -30,6 +33,32 @@ def test_about_a_fifth_calls_in_a_step_and_the_distances_say_when(name: str) -> 
         due |= {agent: index + distance for agent, distance in step.distances}
     # Independent: one in five is a step off. In a town a meeting may come that was not foreseen, or not come.
     assert num_right / num_told > {"independent": 0.7, "interaction": 0.6, "diffusion": 0.99}[name]
+
+
+def test_longer_actions_leave_fewer_agents_active() -> None:
+    for mean_action, share in ((1, 1 / 2), (9, 1 / 10)):
+        _, steps = make_world("independent", 300, 40, lambda length: length, 0, mean_action=mean_action)
+        calls = [len(step.calls) for step in steps]
+        assert 0.85 * share < sum(calls) / len(calls) / 300 < 1.15 * share
+    for name, mean_action in (("diffusion", 4), ("independent", 0)):
+        with pytest.raises(WorkloadError, match="mean_action"):
+            make_world(name, 30, 16, lambda length: length, 0, mean_action=mean_action)
+
+
+def test_results_of_several_seeds_have_a_mean_and_a_range() -> None:
+    """TTFTs of 8 and 12 ms against 10 and 20: 20 % and 40 % less; steps with their gap of 100 against 200 and 300."""
+
+    def result(system: str, seed: int, ttft_ms: float, world_ms: float) -> dict[str, object]:
+        setting = dataclasses.asdict(Setting("independent", system, 60, seed=seed))
+        values = dict.fromkeys(("active_share", "step_ms", "ttft_p99_ms", "wait_ms", "hit_rate"), 1.0)
+        return {"setting": setting, "ttft_ms": ttft_ms, "world_ms": world_ms, **values}
+
+    before = [result("lru", 0, 90.0, 200.0), result("lru", 1, 90.0, 300.0)]
+    before += [result("hierarchical", 0, 10.0, 150.0), result("hierarchical", 1, 20.0, 150.0)]
+    lines = table({"main": merged([*before, result("scalesim", 0, 8.0, 100.0), result("scalesim", 1, 12.0, 100.0)])})
+    assert "main (2 seeds)" in lines
+    (line,) = [line for line in lines.splitlines() if " scalesim " in line]
+    assert line.endswith("2.50 [2.00, 3.00]  -30% [-40%, -20%]") and " 10.0 " in line
 
 
 def test_a_step_begins_when_the_calls_before_it_have_ended_and_its_gap_is_over() -> None:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
-from weakref import WeakValueDictionary
+from collections.abc import Iterable
+from typing import TypeAlias
+from weakref import ref
 
 from agentserve.core.agents.registry import Session
 
@@ -27,19 +28,31 @@ MAX_AGENTS = 65_536
 _START = 1.0
 """The line's beginning: above 0, which is the place of those who wait."""
 _MIN_COMPACTION = 64
+_FEW = 8
+"""Of what is new in a heap: fewer than one in so many."""
+
+
+Place: TypeAlias = tuple[float, str]
+"""A position on the line, and the agent who is there."""
 
 
 class DistanceBook:
-    """The distances of all agents. Each change costs O(log n)."""
+    """The distances of all agents. What is said of an agent costs a look into a dictionary if it changes nothing, else
+    O(log n) later, when somebody wants to know who is nearest."""
 
     def __init__(self) -> None:
         self.reached = _START
         """The point of the line where distances are 0."""
-        self._positions: OrderedDict[str, float] = OrderedDict()
-        self._sessions: dict[str, WeakValueDictionary[str, Session]] = {}
-        self._nearest: list[tuple[float, str]] = []
+        self._positions: dict[str, float] = {}
+        """By agent; who was told longest ago that something has changed comes first."""
+        self._sessions: dict[str, tuple[ref[Session], ...]] = {}
+        self._nearest: list[Place] = []
         """A heap of the positions of agents without open calls; an entry is outdated when the position differs."""
+        self._new: list[Place] = []
+        """What is not in the heap yet."""
         self._num_open: dict[str, int] = {}
+        self._max_named = 2 * MAX_AGENTS
+        """With more names than that, those without a session are forgotten."""
 
     def position(self, agent: str) -> float:
         """Where it is; infinite: unknown. Smaller is nearer, also beside agents that have passed their time."""
@@ -49,23 +62,42 @@ class DistanceBook:
         """D: 0 while a call is open, infinite if it is unknown."""
         return 0.0 if agent in self._num_open else self.position(agent) - self.reached
 
+    def is_at(self, place: Place) -> bool:
+        """Whether this was the last that was said of an agent without open calls."""
+        return self._positions.get(place[1]) == place[0] and place[1] not in self._num_open
+
     def sessions_of(self, agent: str) -> list[Session]:
         """The sessions of an agent that are remembered, in the order in which they came."""
-        return list(self._sessions.get(agent, {}).values())
+        return [session for known in self._sessions.get(agent, ()) if (session := known()) is not None]
 
-    def set(self, agent: str, distance: float, *, relative: bool = False) -> bool:
-        """Takes what somebody said; whether it says anything: a change of what is unknown does not."""
-        if relative:
-            known = self.position(agent) - self.reached
-            if math.isinf(known):
-                return False
-            distance += known
-        self._positions[agent] = position = self.reached + max(0.0, distance)
-        self._positions.move_to_end(agent)
-        if len(self._positions) > MAX_AGENTS:
-            self._positions.popitem(last=False)
-        self._list(agent, position)
-        return True
+    def tell(self, agents: Iterable[tuple[str, float]], *, relative: bool = False) -> list[Place]:
+        """Takes what somebody said; returns the new places of those without open calls for whom it changes something.
+
+        Whole worlds are told at once, and most agents are where they were expected to be by then. A change of what is
+        unknown says nothing.
+        """
+        positions, num_open, reached = self._positions, self._num_open, self.reached
+        moved = []
+        for agent, distance in agents:
+            before = positions.get(agent)
+            position = reached + (distance if distance > 0.0 else 0.0)
+            if relative:
+                if before is None:
+                    continue
+                position = max(reached, max(before, reached) + distance)
+            if position == before:
+                continue
+            if before is not None:
+                del positions[agent]  # it is among the last to be forgotten now
+            positions[agent] = position
+            if agent not in num_open:
+                moved.append((position, agent))
+        while len(positions) > MAX_AGENTS:
+            del positions[next(iter(positions))]
+        self._new += moved
+        if len(self._new) > _MIN_COMPACTION + 2 * len(positions):
+            self._new = self._current(self._new)
+        return moved
 
     def began(self, agent: str, session: Session) -> None:
         """A call has come."""
@@ -76,32 +108,65 @@ class DistanceBook:
                 self.reached += min(advance, self._nearest_distance())
         self._num_open[agent] += 1
         self._positions.pop(agent, None)
-        self._sessions.setdefault(agent, WeakValueDictionary())[session.session_id] = session
+        known = self._sessions.get(agent, ())
+        if not any(other() is session for other in known):
+            self._sessions[agent] = (*(other for other in known if other() is not None), ref(session))
+            self._forget_sessions()
 
-    def ended(self, agent: str, next_distance: float | None) -> None:
-        """A call has ended. What was said meanwhile counts more than what the call said."""
+    def ended(self, agent: str, next_distance: float | None) -> Place | None:
+        """A call has ended; where the agent is now, if it has no other one and that is known.
+
+        What was said meanwhile counts more than what the call said.
+        """
         self._num_open[agent] -= 1
         if self._num_open[agent]:
-            return
+            return None
         del self._num_open[agent]
-        if agent in self._positions:
-            self._list(agent, self._positions[agent])
-        elif next_distance is not None:
-            self.set(agent, next_distance)
+        if agent not in self._positions:
+            if next_distance is None:
+                return None
+            self.tell([(agent, next_distance)])
+        else:
+            self._new.append((self._positions[agent], agent))
+        return self._positions[agent], agent
+
+    def push(self, heap: list[Place], place: Place) -> None:
+        """Puts a place into a heap, which loses those that are outdated when they are most of it."""
+        heapq.heappush(heap, place)
+        if len(heap) > _MIN_COMPACTION + 2 * len(self._positions):
+            heap[:] = self._current(heap)
+            heapq.heapify(heap)
 
     def _nearest_distance(self) -> float:
         """The smallest D of an agent without open calls; infinite if there is none."""
+        add_places(self._nearest, self._new)
+        self._new.clear()
+        if len(self._nearest) > _MIN_COMPACTION + 2 * len(self._positions):
+            self._nearest = self._current(self._nearest)
+            heapq.heapify(self._nearest)
         while self._nearest:
-            position, agent = self._nearest[0]
-            if agent not in self._num_open and self._positions.get(agent) == position:
-                return max(0.0, position - self.reached)
+            if self.is_at(self._nearest[0]):
+                return max(0.0, self._nearest[0][0] - self.reached)
             heapq.heappop(self._nearest)
         return math.inf
 
-    def _list(self, agent: str, position: float) -> None:
-        if agent in self._num_open:
+    def _current(self, places: list[Place]) -> list[Place]:
+        return [place for place in dict.fromkeys(places) if self.is_at(place)]
+
+    def _forget_sessions(self) -> None:
+        if len(self._sessions) <= self._max_named:
             return
-        if len(self._nearest) > _MIN_COMPACTION + 2 * len(self._positions):
-            self._nearest = [item for item in self._nearest if self._positions.get(item[1]) == item[0]]
-            heapq.heapify(self._nearest)
-        heapq.heappush(self._nearest, (position, agent))
+        self._sessions = {
+            agent: known for agent, known in self._sessions.items() if any(session() is not None for session in known)
+        }
+        self._max_named = 2 * max(MAX_AGENTS, len(self._sessions))
+
+
+def add_places(heap: list[Place], places: list[Place]) -> None:
+    """Puts places into a heap: one by one if they are few, else all at once."""
+    if len(places) * _FEW < len(heap):
+        for place in places:
+            heapq.heappush(heap, place)
+    elif places:
+        heap += places
+        heapq.heapify(heap)

@@ -14,11 +14,13 @@ from agentserve.core.agents.policies.fair_share import FairShare
 from agentserve.core.agents.policies.invocation_distance import InvocationDistance
 from agentserve.core.agents.policies.lfu_decay import LfuDecay
 from agentserve.core.agents.policies.min_waste import MinWaste
+from agentserve.core.agents.policies.next_turn import LostContext, NextTurn
 from agentserve.core.agents.policies.oracles import Belady, ShortestRemainingProgram
 from agentserve.core.agents.policies.plas import Plas
 from agentserve.core.agents.policies.program_order import Fcfs, ProgramFcfs
 from agentserve.core.agents.policies.transition import Transition
 from agentserve.core.agents.policies.ttl import Continuum, Ttl
+from agentserve.core.agents.policies.working_set import WorkingSet
 from agentserve.core.agents.policy import Policy
 from agentserve.core.agents.registry import AgentRegistry
 from agentserve.errors import ConfigError
@@ -39,6 +41,8 @@ class PolicyContext:
     """Whether a policy that can predict does."""
     prefetch_distance: float = 2.0
     """Agents that are nearer than this are loaded beforehand."""
+    capacity_tokens: int = 0
+    """Tokens whose KV fits the device."""
 
     def known_costs(self) -> ForwardCosts:
         """Raises ConfigError if there are none."""
@@ -63,7 +67,9 @@ POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
     {
         "lru": lambda _: AnchoredLru(),
         "anchor": lambda _: Anchor(),
-        "transition": lambda context: Transition(predicts=context.predicts, prefetches=context.prefetch_distance > 0),
+        "transition": lambda context: Transition(
+            predicts=context.predicts, prefetches=context.prefetch_distance > 0 and context.swap_ns is not None
+        ),
         "invocation_distance": lambda context: InvocationDistance(context.prefetch_distance),
         "evict_always": lambda _: EvictAlways(),
         "ttl": lambda context: Ttl(context.registry, context.known_costs()),
@@ -76,18 +82,23 @@ POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
         "plas": lambda _: Plas(),
         "fair_share": lambda _: FairShare(),
         "srpt": lambda context: ShortestRemainingProgram(context.known_costs()),
+        "next_turn": lambda context: NextTurn(context.costs),
+        "lost_context": lambda context: LostContext(context.costs),
+        "working_set": lambda context: WorkingSet(context.registry, context.capacity_tokens),
     }
 )
-"""Makers of the built-in policies, for both seats."""
+"""Makers of the built-in policies, for all seats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seats:
-    """Who decides what. Both may be the same policy. None: nobody, it is as without policies."""
+    """Who decides what. A policy may have several. None: nobody, it is as without policies."""
 
     registry: AgentRegistry
     retention: Policy | None = None
     order: Policy | None = None
+    admission: Policy | None = None
+    speculation: Policy | None = None
 
 
 def build_policies(
@@ -107,12 +118,27 @@ def build_policies(
             return load_ns  # it is below already when it leaves
         return load_ns + tiering.tiers[0].duration_ns(num_blocks * tiering.block_bytes, reads=False)
 
+    made: dict[str, Policy] = {}
+
     def make(name: str) -> Policy:
+        """One policy of each name, whatever its seats."""
         if name not in factories:
             raise ConfigError(f"there is no policy {name!r}; there are {', '.join(factories)}")
-        swap = None if tiering is None else swap_ns
-        return factories[name](PolicyContext(name, registry, costs, swap, config.prediction, config.prefetch_distance))
+        if name not in made:
+            swap = None if tiering is None else swap_ns
+            capacity = config.num_blocks * config.block_size
+            context = PolicyContext(
+                name, registry, costs, swap, config.prediction, config.prefetch_distance, capacity_tokens=capacity
+            )
+            made[name] = factories[name](context)
+        return made[name]
 
     retention = make(config.policy) if config.policy != "lru" or config.protects_anchors else None
-    order = retention if config.policy == "continuum" else None
-    return Seats(registry, retention, order if config.order == "default" else make(config.order))
+    order = retention if config.policy in {"continuum", "invocation_distance"} else None
+    return Seats(
+        registry,
+        retention,
+        order if config.order == "default" else make(config.order),
+        None if config.admission == "none" else make(config.admission),
+        None if config.speculate == "none" else make(config.speculate),
+    )

@@ -1,7 +1,9 @@
 """What a policy is: observe, score, predict, act (CacheSage, section 3; design, section 7).
 
-A policy sits in one seat or in several: *retention* says what is worth keeping, *order* who goes first. What it does
-not say is decided as without it. It must not do what the control plane must not do: no clock, no files, no threads.
+A policy sits in one seat or in several: *retention* says what is worth keeping, *order* who goes first, *admission* who
+has to wait, *speculation* which prompts are computed before they come, *safety* which tool calls must not leave. What
+it does not say is decided as without it. It must not do what the control plane must not do: no clock, no files, no
+threads.
 """
 
 # ruff: noqa: ARG002  # a hook gets what any policy may need
@@ -45,6 +47,15 @@ class TurnEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolUse:
+    """A tool call that a model has written, and that its client has not seen yet."""
+
+    agent: str | None
+    """The agent that the client names, else its session; None: it names neither."""
+    tool_name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Forecast:
     """When a session is expected to need its blocks again."""
 
@@ -64,7 +75,8 @@ def forecast_from_gaps(registry: AgentRegistry, session: Session, now_ns: int) -
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """Keeps the private blocks of a session until a time, or until its next call has been admitted.
+    """Keeps the private blocks of a session until a time, or until its next call has been admitted. A time that is over
+    ends an earlier pin.
 
     Pins hold back admissions, within a share of the memory. They yield when nothing runs that could end, and to
     requests that run already.
@@ -82,6 +94,14 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Supersede:
+    """Lets the private blocks behind the first `num_tokens` tokens of a session's last call go first."""
+
+    session: Session
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Demote:
     """Takes the private blocks of a session that nobody holds down to the next tier, while its tool runs."""
 
@@ -93,6 +113,13 @@ class Rescore:
     """Asks `score` again: a session is worth more or less than before although nothing happened to it."""
 
     session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """The same for many sessions at once, with the keys that `score` would give."""
+
+    keys: tuple[tuple[Session, Key], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +158,16 @@ class Reprioritize:
     key: Key
 
 
-Action: TypeAlias = Pin | Drop | Demote | Rescore | RescoreAnchor | Prefetch | PlaceAdapter | Reprioritize
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Queues a call for which `holds` was true."""
+
+    request_id: str
+
+
+Action: TypeAlias = (
+    Pin | Drop | Supersede | Demote | Rescore | Rate | RescoreAnchor | Prefetch | PlaceAdapter | Reprioritize | Admit
+)
 
 
 class Policy:
@@ -149,6 +185,11 @@ class Policy:
     rates_by_users: ClassVar[bool] = False
     """True: what several sessions use is worth what it is to the one that values it most. False: it is an anchor."""
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether `act` has more to say: after it said something it is called again at once, in a step of its own."""
+        return False
+
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
         """Somebody said how far agents are from their next calls."""
 
@@ -158,6 +199,9 @@ class Policy:
 
     def observe(self, event: TurnEvent) -> None:
         """Called for everything that happens to a call, in order."""
+
+    def tool_called(self, session: Session, now_ns: int) -> None:
+        """It is known now which tool an idle session runs: answers are read when `FINISHED` was told already."""
 
     def score(self, session: Session, now_ns: int) -> Key:
         """What the blocks of a session are worth; the smallest goes first. Asked after each of the session's events."""
@@ -179,6 +223,30 @@ class Policy:
     def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
         """The place of a call among those of its priority, as it comes; the smallest goes first, then the oldest."""
         return ()
+
+    def holds(self, session: Session, request: Request, now_ns: int) -> bool:
+        """Admission: whether a call that has come waits until `act` says `Admit`. Not asked again after preemptions.
+
+        A policy that holds names a deadline, or frees the call when another one ends: if nothing else is left to do and
+        there is no deadline, the first call that is held goes on.
+        """
+        return False
+
+    def refusal(self, use: ToolUse) -> str | None:
+        """Safety: why a tool call must not leave the daemon, as the end of a sentence; None: it may.
+
+        Asked for each tool that a request offers, and once for each call before any of it is sent. The daemon asks an
+        instance of its own, which sees no events: `--safety`.
+        """
+        return None
+
+    def speculates(self, session: Session, start: int, num_missing: int, now_ns: int) -> int:
+        """Speculation: how many tokens of an idle session's next prompt are to be computed in one piece; 0: none.
+
+        Its first `start` tokens are cached. `num_missing` tokens were or are not: those that are known behind `start`,
+        and those of pieces before this one. At least a block is computed.
+        """
+        return 0
 
     def act(self, now_ns: int) -> Iterable[Action]:
         """What to do now. Called before each admission after an event, and when a deadline is due."""

@@ -33,12 +33,15 @@ class PrefetchQueue:
         place = self._distances[session.session_id] = (distance, self._num_added)
         heapq.heappush(self._heap, (*place, session))
 
-    def start(self, is_wanted: Callable[[Session], bool], num_calls: int) -> None:
+    def start(
+        self, is_wanted: Callable[[Session], bool], num_calls: int, num_claimed_blocks: Callable[[], int]
+    ) -> None:
         """Starts the prefetches that there is room for.
 
         Args:
             is_wanted: whether a session is still to be loaded.
-            num_calls: requests that may need a block each meanwhile.
+            num_calls: requests that have come; who got no room asks again when that or the memory has changed.
+            num_claimed_blocks: blocks that requests may need which have come; a prefetch takes what they leave.
         """
         self._take_losers()
         prefetches = self._memory.prefetches
@@ -53,7 +56,8 @@ class PrefetchQueue:
             state = (number, self._memory.num_available_blocks, self._memory.num_free_blocks, num_calls)
             if state == self._refused or not prefetches.has_room(session.blocks.group.key):
                 return
-            outcome = prefetches.start(session.blocks, distance, num_calls)
+            # Those that cannot be admitted now get their memory first, else they would throw out what was loaded.
+            outcome = prefetches.start(session.blocks, distance, state[1] - num_claimed_blocks())
             if outcome is PrefetchOutcome.NO_ROOM:
                 self._refused = state
                 return

@@ -12,7 +12,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from agentserve.core.events import Foresight
+from agentserve.core.events import HUMAN, Foresight
 from agentserve.core.memory.eviction import EvictionGroup, SessionBlocks
 
 MAX_SESSIONS = 4096
@@ -57,12 +57,16 @@ class Session:
     num_running: int = 0
     context_tokens: int = 0
     """Prompt and output of the call that ended last."""
+    shared_tokens: int | None = None
+    """Tokens of its first prompt that were cached when that was admitted: others have read them. None: not yet."""
+    ended_ids: list[str] = field(default_factory=list)
+    """Its calls that have ended since the last one came."""
     last_used_ns: int = 0
     """When a call of it came or ended."""
     idle_since_ns: int | None = None
     """End of its last call if none is open: the tool runs since then."""
     tool_name: str | None = None
-    """The tool that the last call ended with, if anybody said so."""
+    """The tool that the last call ended with, `HUMAN` if it called none; None: nobody said."""
     is_last_turn: bool | None = None
     """Whether the last call that came is the program's last one. None: nobody said."""
     foresight: Foresight | None = None
@@ -141,14 +145,15 @@ class GapSamples:
 
 
 class GapStatistics:
-    """How long tools run, as seen from here."""
+    """How long tools run, as seen from here. What people take is a class of its own, which says nothing about tools."""
 
     def __init__(self) -> None:
         self.overall = GapSamples()
         self._by_tool: OrderedDict[str, GapSamples] = OrderedDict()
 
     def add(self, tool_name: str | None, gap_ns: int) -> None:
-        self.overall.add(gap_ns)
+        if tool_name != HUMAN:
+            self.overall.add(gap_ns)
         if tool_name is None:
             return
         samples = self._by_tool.get(tool_name)
@@ -162,7 +167,7 @@ class GapStatistics:
     def of(self, tool_name: str | None, min_samples: int) -> GapSamples | None:
         """The gaps of a tool, of all tools if there are fewer than `min_samples`, None if there are too few even so."""
         samples = None if tool_name is None else self._by_tool.get(tool_name)
-        for candidate in (samples, self.overall):
+        for candidate in (samples, None if tool_name == HUMAN else self.overall):
             if candidate is not None and len(candidate.latest) >= min_samples:
                 return candidate
         return None

@@ -1,58 +1,65 @@
 """Between the engine and the policies: keeps the books, asks, and does what they say.
 
-A policy that raises is out for the rest of the run: the built-in order takes its seat, and an event says so.
+A policy that raises is out for the rest of the run: the built-in takes its seat, and an event says so.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Protocol
 
 from agentserve.config import EngineConfig
 from agentserve.core.agents.factory import Seats
-from agentserve.core.agents.fingerprint import fingerprint
+from agentserve.core.agents.held import HeldCalls
+from agentserve.core.agents.isolation import Isolation
+from agentserve.core.agents.pins import PinTimers
 from agentserve.core.agents.policy import (
     Action,
+    Admit,
     Demote,
     Drop,
     Pin,
     PlaceAdapter,
     Policy,
     Prefetch,
+    Rate,
+    Reprioritize,
     Rescore,
     RescoreAnchor,
+    Supersede,
     TurnEvent,
     TurnKind,
 )
 from agentserve.core.agents.prefetch import PrefetchQueue
 from agentserve.core.agents.registry import Session
+from agentserve.core.agents.sessions import SessionFinder
+from agentserve.core.agents.speculation import IdleLanes, SpeculationQueue
 from agentserve.core.events import (
     EngineEvent,
+    NoteTurn,
     PolicyFailed,
     RequestAdmitted,
     RequestPreempted,
     SetDistances,
+    Speculate,
     SubmitRequest,
 )
-from agentserve.core.memory.eviction import Key, Rank, lru_key
+from agentserve.core.memory.eviction import Key, Rank
 from agentserve.core.memory.manager import MemoryManager
-from agentserve.core.memory.radix import RadixNode
 from agentserve.core.request import FinishReason, Request
 from agentserve.core.stats import PolicyStats
 
 _FOREVER_NS = sys.maxsize
 _NO_KEY: Key = ()
-_NO_ACTIONS: tuple[Action, ...] = ()
-_T = TypeVar("_T")
 
 
-class Queues(Protocol):
-    """What order policies act on."""
+class Queues(IdleLanes, Protocol):
+    """What policies act on."""
 
     def reprioritize(self, request: Request, key: Key) -> bool:
         """Gives a request that waits another place; whether it has passed another one by that."""
@@ -60,6 +67,10 @@ class Queues(Protocol):
 
     def forget_order(self) -> None:
         """All requests go in the order of their arrival again."""
+        ...
+
+    def num_claimed_blocks(self) -> int:
+        """Blocks that requests may need which have come: all of those that wait, one more of each that runs."""
         ...
 
 
@@ -82,41 +93,53 @@ class AgentRuntime:
         self._memory = memory
         self._retention = seats.retention
         self._order = seats.order
-        self._policy_name, self._order_name = config.policy, config.order
+        self._admission = seats.admission
+        self._speculation = seats.speculation
+        self._policies = self._seat()
+        self._config = config
         self._calls: dict[str, _Call] = {}
-        self._expiries: list[tuple[int, int, Session]] = []
-        self._num_anonymous = 0
-        self._num_pins = 0
-        self._failures: dict[str, str] = {}
-        self._failed: dict[str, Policy] = {}
-        """By name; out of their seats at the end of the step."""
+        self._finder = SessionFinder(self.registry, memory)
+        self._pins = PinTimers()
+        self._ended: dict[str, Session] = {}
+        """Sessions by those of their calls that have ended since the last one came."""
+        self.held = HeldCalls()
         self.counts: Counter[str] = Counter()
+        self._isolation = Isolation(self._name_of, self.counts)
+        self._ask = self._isolation.ask
+        self.is_behind = False
+        """Whether a policy has more to do at once: the next step is due now."""
         if self._retention is not None:
             memory.use_policy(
-                self._block_key(self._retention),
+                self._isolation.block_key(self._retention),
                 protects_anchors=config.protects_anchors,
                 max_pinned_blocks=int(config.pin_share * memory.num_blocks),
             )
             if self._retention.rates_by_users:
                 memory.rate_by_users()
         self._prefetches = PrefetchQueue(memory, self.registry)
+        self._pieces: SpeculationQueue | None = None
+        if self._speculation is not None:
+            ask = partial(self._ask, self._speculation, 0, self._speculation.speculates)
+            self._pieces = SpeculationQueue(memory, config.speculate_tokens, ask)
 
     @property
     def is_active(self) -> bool:
         """Whether there is a policy, or has been one."""
-        return self._retention is not None or self._order is not None or bool(self._failures)
+        return bool(self._policies) or bool(self._isolation.failures)
 
     # ---- what the engine tells ----
 
     def submitted(self, request: Request, command: SubmitRequest, now_ns: int) -> None:
         """A call has come. Stamps its place and to whom its blocks will belong; it is not queued yet."""
-        session = self._session_of(command, now_ns)
+        session, forgotten = self._finder.find(command, self._retention, now_ns)
+        self._forget(forgotten, now_ns)
         if session.idle_since_ns is not None:
             self.registry.gaps.add(session.tool_name, now_ns - session.idle_since_ns)
         if session.is_pinned(now_ns):
             # It stays pinned until its call is admitted: the blocks are needed now (Continuum, section 5).
             session.pinned_until_ns = _FOREVER_NS
             self.counts["pins_held"] += 1
+        self._forget_ended(session)
         session.num_waiting += 1
         session.blocks.is_transient = False
         session.last_used_ns = now_ns
@@ -134,9 +157,44 @@ class AgentRuntime:
             request.order_key = self._ask(order, _NO_KEY, order.order_key, session, request, now_ns)
         self._happened(TurnEvent(TurnKind.SUBMITTED, session, request, now_ns))
 
+    def holds(self, request: Request, now_ns: int) -> bool:
+        """Whether a call that has come is held back here; else it is to be queued. To be asked once."""
+        policy = self._admission
+        session = self._calls[request.request_id].session
+        if policy is None or not self._ask(policy, False, policy.holds, session, request, now_ns):
+            return False
+        self.held.hold(request)
+        self.counts["calls_held"] += 1
+        return True
+
+    def note_turn(self, command: NoteTurn, now_ns: int) -> None:
+        """The answer of a call that has ended was read: it is known which tool runs."""
+        session = self._ended.get(command.request_id)
+        if session is None or not session.is_idle:
+            return
+        session.tool_name = command.tool_name
+        for policy in self._policies:
+            self._ask(policy, None, policy.tool_called, session, now_ns)
+        self._rescore(session, now_ns)
+
+    def predicted(self, command: Speculate) -> None:
+        """Somebody said what the next prompt of a session begins with."""
+        if self._pieces is not None:
+            session = self._ended.get(command.request_id)
+            self._pieces.predicted(command, session, is_open=command.request_id in self._calls)
+
+    def speculated(self, start: int, end: int) -> None:
+        """Tokens were computed that nobody waits for."""
+        assert self._pieces is not None, "nobody speculates"
+        self._pieces.computed(start, end)
+
+    def may_speculate(self, lanes: IdleLanes) -> bool:
+        """Whether `act` may find something to compute that nobody waits for."""
+        return self._pieces is not None and self._pieces.has_due and lanes.may_speculate
+
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
         """Somebody said how far agents are from their next calls. Policies that do not care ignore it."""
-        for policy in self._policies():
+        for policy in self._policies:
             self._ask(policy, None, policy.set_distances, command, now_ns)
 
     def scheduled(self, events: Sequence[EngineEvent]) -> None:
@@ -151,6 +209,10 @@ class AgentRuntime:
         """A call has ended, and its blocks are back or will be when its last batch is."""
         call = self._calls.pop(request.request_id)
         session = call.session
+        if request in self.held:
+            self.held.drop(request)
+        session.ended_ids.append(request.request_id)
+        self._ended[request.request_id] = session
         lasted_ns = self._leave(call, now_ns)
         session.num_turns += 1
         session.program.num_turns += 1
@@ -163,44 +225,60 @@ class AgentRuntime:
 
     def act(self, now_ns: int, queues: Queues) -> None:
         """Lets the policies act. To be called after what happened in a step, before the lanes are filled."""
-        while self._expiries and self._expiries[0][0] <= now_ns:
-            until_ns, pin_id, session = heapq.heappop(self._expiries)
-            if session.pin_id == pin_id and session.pinned_until_ns == until_ns:
-                self.counts["pins_expired"] += 1
-                self._unpin(session)
-                self._rescore(session, now_ns)
-        for policy in self._policies():
-            for action in self._ask(policy, _NO_ACTIONS, self._actions, policy, now_ns):
+        for session in self._pins.pop_expired(now_ns):
+            self.counts["pins_expired"] += 1
+            self._unpin(session)
+            self._rescore(session, now_ns)
+        self.is_behind = False
+        for policy in self._policies:
+            actions = self._isolation.actions(policy, now_ns)
+            for action in actions:
                 self._do(action, now_ns, queues)
+            if actions:
+                self.is_behind |= self._ask(policy, False, getattr, policy, "is_behind")
         retention = self._retention
         if retention is not None and self._prefetches:
             wants = retention.wants_prefetch
-            self._prefetches.start(lambda session: self._ask(retention, False, wants, session), len(self._calls))
+            self._prefetches.start(
+                lambda session: self._ask(retention, False, wants, session), len(self._calls), queues.num_claimed_blocks
+            )
+        if self._pieces is not None:
+            self._pieces.start(now_ns, queues, has_sessions=retention is not None)
+        if self.held and len(self.held) == len(self._calls) and self._policy_deadline_ns() is None:
+            # Nothing else would ever wake us.
+            self.held.release(next(iter(self.held)))
 
     def settle(self, now_ns: int, queues: Queues) -> list[EngineEvent]:
         """Replaces policies that have raised; returns what the world must know of that. To be called last in a step."""
         events: list[EngineEvent] = []
-        for name, policy in self._failed.items():
-            events.append(PolicyFailed(now_ns, name, self._failures[name]))
+        isolation = self._isolation
+        for name, policy in isolation.failed.items():
+            events.append(PolicyFailed(now_ns, name, isolation.failures[name]))
             if policy is self._retention:
                 self._replace_retention()
             if policy is self._order:
                 self._order = None
                 queues.forget_order()
-        self._failed.clear()
+                self.held.forget_order()
+            if policy is self._admission:
+                self._admission = None
+                self.held.release_all()
+            if policy is self._speculation and self._pieces is not None:
+                self._speculation = None
+                self._pieces.stop()
+        if events:
+            self._policies = self._seat()
+        isolation.failed.clear()
         return events
 
     def next_deadline_ns(self) -> int | None:
         """When `act` must be called while calls wait."""
-        asked = [self._ask(policy, None, policy.next_deadline_ns) for policy in self._policies()]
-        dues = [due for due in asked if due is not None]
-        while self._expiries:
-            until_ns, pin_id, session = self._expiries[0]
-            if session.pin_id == pin_id and session.pinned_until_ns == until_ns:
-                dues.append(until_ns)
-                break
-            heapq.heappop(self._expiries)
+        dues = [due for due in (self._policy_deadline_ns(), self._pins.next_ns()) if due is not None]
         return min(dues, default=None)
+
+    def _policy_deadline_ns(self) -> int | None:
+        asked = [self._ask(policy, None, policy.next_deadline_ns) for policy in self._policies]
+        return min([due for due in asked if due is not None], default=None)
 
     def stats(self) -> PolicyStats:
         """What the policies have done, and what the memory did for them."""
@@ -213,7 +291,11 @@ class AgentRuntime:
             "admissions_held_back": memory.num_pin_refusals,
             "pins_yielded": memory.num_pin_yields,
         }
-        return PolicyStats(self._policy_name, self._order_name, counts, dict(self._failures))
+        if self._pieces is not None:
+            counts |= self._pieces.counts()
+        config = self._config
+        failures = dict(self._isolation.failures)
+        return PolicyStats(config.policy, config.order, counts, failures, config.admission, config.speculate)
 
     def check_invariants(self) -> None:
         """Raises AssertionError if the books of sessions and calls disagree."""
@@ -221,6 +303,10 @@ class AgentRuntime:
         running: Counter[str] = Counter()
         for call in self._calls.values():
             (running if call.is_running else waiting)[call.session.session_id] += 1
+        if self._pieces is not None:
+            self._pieces.check_invariants()
+        for request in self.held:
+            assert not self._calls[request.request_id].is_running, f"{request.request_id} runs although it is held"
         for session_id, session in self.registry.sessions.items():
             assert session.num_waiting == waiting[session_id], f"{session_id}: wrong number of calls that wait"
             assert session.num_running == running[session_id], f"{session_id}: wrong number of calls that run"
@@ -228,41 +314,17 @@ class AgentRuntime:
 
     # ---- the books ----
 
-    def _session_of(self, command: SubmitRequest, now_ns: int) -> Session:
-        session_id = command.session_id or command.agent_id
-        if session_id is None:
-            owner = None
-            if self._retention is not None:
-                owner = self._memory.session_of(command.prompt_token_ids, salt=command.cache_salt)
-            if owner is not None and owner.session_id in self.registry.sessions:
-                session_id = owner.session_id
-            else:
-                self._num_anonymous += 1
-                session_id = f"~{self._num_anonymous}"
-        order, retention = self._memory.order, self._retention
-        competes = retention is not None and not retention.scores_blocks
-        group = order.new_group((Rank.PRIVATE,)) if competes else order.common
-        program_id, agent_key = command.program_id or session_id, None
-        if retention is not None and retention.tracks_agents:
-            session_id, agent_key = self._agent_session(session_id, command)
-        session, forgotten = self.registry.open(session_id, program_id, command.agent_id, now_ns, group)
-        if agent_key is not None and session.agent_key is None:
-            session.agent_key = agent_key
-            session.blocks.anchors = self.registry.anchor(
-                agent_key, lambda: order.new_group((Rank.SHARED,), is_shared=True)
-            )
-        for other in forgotten:
-            self._unpin(other)
-            self._rescore(other, now_ns)
-        return session
+    def _forget(self, sessions: Iterable[Session], now_ns: int) -> None:
+        """Nothing is known any more of sessions that the registry has dropped."""
+        for session in sessions:
+            self._forget_ended(session)
+            self._unpin(session)
+            self._rescore(session, now_ns)
 
-    def _agent_session(self, session_id: str, command: SubmitRequest) -> tuple[str, str | None]:
-        """The session of the agent that calls, if several share a session, and the name of that agent."""
-        known = self.registry.sessions.get(session_id)
-        agent = command.agent_id or fingerprint(command.prompt_token_ids)
-        if known is None or known.agent_key in (None, agent) or agent is None:
-            return session_id, agent
-        return f"{session_id}\x1f{agent}", agent
+    def _forget_ended(self, session: Session) -> None:
+        for request_id in session.ended_ids:
+            del self._ended[request_id]
+        session.ended_ids.clear()
 
     def _moved(self, request_id: str, now_ns: int, kind: TurnKind) -> None:
         call = self._calls[request_id]
@@ -271,6 +333,8 @@ class AgentRuntime:
         call.since_ns = now_ns
         call.is_running = kind is TurnKind.ADMITTED
         if call.is_running:
+            if session.shared_tokens is None:
+                session.shared_tokens = call.request.num_cached_tokens
             session.num_running += 1
             if session.num_waiting == 0:
                 self._unpin(session)
@@ -291,24 +355,27 @@ class AgentRuntime:
 
     # ---- asking and doing ----
 
-    def _policies(self) -> Iterable[Policy]:
-        if self._retention is not None:
-            yield self._retention
-        if self._order is not None and self._order is not self._retention:
-            yield self._order
+    def _seat(self) -> tuple[Policy, ...]:
+        """Each policy once, however many seats it has."""
+        seats = (self._retention, self._order, self._admission, self._speculation)
+        return tuple(dict.fromkeys(policy for policy in seats if policy is not None))
 
     def _happened(self, event: TurnEvent) -> None:
-        for policy in self._policies():
+        for policy in self._policies:
             self._ask(policy, None, policy.observe, event)
+        if self._pieces is not None:
+            self._pieces.observe(event)
         self._rescore(event.session, event.at_ns)
 
     def _rescore(self, session: Session, now_ns: int) -> None:
         policy = self._retention
         if policy is None or policy.scores_blocks:
             return
+        self._rate(session, self._ask(policy, _NO_KEY, policy.score, session, now_ns))
+
+    def _rate(self, session: Session, key: Key) -> None:
         is_pinned = session.pinned_until_ns is not None
         rank = Rank.PINNED if is_pinned else Rank.PRIVATE
-        key = self._ask(policy, _NO_KEY, policy.score, session, now_ns)
         self._memory.rekey(session.blocks, (rank, *key), is_pinned=is_pinned)
 
     def _rescore_anchor(self, agent: str, now_ns: int) -> None:
@@ -319,11 +386,11 @@ class AgentRuntime:
     def _do(self, action: Action, now_ns: int, queues: Queues) -> None:
         if isinstance(action, Pin):
             self._pin(action.session, action.until_ns, now_ns)
-        elif isinstance(action, Drop):
-            self._drop(action.session)
-        elif isinstance(action, Demote):
-            if action.session.is_idle:
-                self.counts["blocks_demoted"] += self._memory.demote(action.session.blocks)
+        elif isinstance(action, Drop | Demote | Supersede):
+            self._give_up(action)
+        elif isinstance(action, Rate):
+            for session, key in action.keys:
+                self._rate(session, key)
         elif isinstance(action, Rescore):
             self._rescore(action.session, now_ns)
         elif isinstance(action, RescoreAnchor):
@@ -335,25 +402,45 @@ class AgentRuntime:
                 limit = math.inf if action.is_wanted else -math.inf
                 self._memory.adapters.set_distances({action.adapter: action.distance}, prefetch_below=limit)
         else:
-            call = self._calls.get(action.request_id)
-            if call is not None and not call.is_running and queues.reprioritize(call.request, action.key):
-                self.counts["reorders"] += 1
+            self._move(action, queues)
 
-    def _drop(self, session: Session) -> None:
-        """What a batch in flight still writes to is dropped when it is done."""
-        if session.is_idle:
+    def _move(self, action: Admit | Reprioritize, queues: Queues) -> None:
+        call = self._calls.get(action.request_id)
+        if call is None or call.is_running:
+            return
+        request, is_held = call.request, call.request in self.held
+        if isinstance(action, Admit):
+            if is_held:
+                self.held.release(request)
+        elif is_held:
+            self.held.reprioritize(request, action.key)
+        elif queues.reprioritize(request, action.key):
+            self.counts["reorders"] += 1
+
+    def _give_up(self, action: Drop | Demote | Supersede) -> None:
+        session, memory = action.session, self._memory
+        if isinstance(action, Supersede):
+            self.counts["blocks_superseded"] += memory.supersede(session.blocks, action.num_tokens)
+        elif not session.is_idle:
+            return
+        elif isinstance(action, Demote):
+            self.counts["blocks_demoted"] += memory.demote(session.blocks)
+        else:
+            # What a batch in flight still writes to is dropped when it is done.
             session.blocks.is_transient = True
-            self._memory.drop(session.blocks)
+            memory.drop(session.blocks)
 
     def _pin(self, session: Session, until_ns: int, now_ns: int) -> None:
         """Only an idle session is pinned: what an open call needs is held."""
-        if not session.is_idle or until_ns <= now_ns:
+        if not session.is_idle:
             return
-        self._num_pins += 1
-        session.pin_id = self._num_pins
-        session.pinned_until_ns = until_ns
-        heapq.heappush(self._expiries, (until_ns, session.pin_id, session))
-        self.counts["pins_set"] += 1
+        if until_ns > now_ns:
+            self.counts["pins_set"] += session.pinned_until_ns is None
+            self._pins.start(session, until_ns)
+        elif session.pinned_until_ns is not None:
+            session.pinned_until_ns = None
+        else:
+            return
         self._rescore(session, now_ns)
 
     def _unpin(self, session: Session) -> None:
@@ -362,39 +449,15 @@ class AgentRuntime:
         if group.is_pinned:
             self._memory.rekey(session.blocks, (Rank.PRIVATE, session.last_used_ns))
 
-    # ---- isolation ----
-
-    @staticmethod
-    def _actions(policy: Policy, now_ns: int) -> tuple[Action, ...]:
-        """What a policy wants done; a generator runs to its end here, where it may raise."""
-        return tuple(policy.act(now_ns))
-
-    def _ask(self, policy: Policy, default: _T, question: Callable[..., _T], *arguments: object) -> _T:
-        """What a policy answers, or `default` if it raises."""
-        try:
-            return question(*arguments)
-        except Exception as error:  # noqa: BLE001  # whatever it is: it is not the engine's
-            self._fail(policy, error)
-            return default
-
-    def _block_key(self, policy: Policy) -> Callable[[RadixNode], Key]:
-        score = policy.score_block
-
-        def key(node: RadixNode) -> Key:
-            try:
-                return score(node)
-            except Exception as error:  # noqa: BLE001  # as above
-                self._fail(policy, error)
-                return lru_key(node)
-
-        return key if type(policy).score_block is not Policy.score_block else lru_key
-
-    def _fail(self, policy: Policy, error: Exception) -> None:
-        self.counts["failures"] += 1
-        name = self._policy_name if policy is self._retention else self._order_name
-        if name not in self._failures:
-            self._failures[name] = f"{type(error).__name__}: {error}"
-            self._failed[name] = policy
+    def _name_of(self, policy: Policy) -> str:
+        config = self._config
+        named = (
+            (self._retention, config.policy),
+            (self._order, config.order),
+            (self._admission, config.admission),
+            (self._speculation, config.speculate),
+        )
+        return next(name for seat, name in named if seat is policy)
 
     def _replace_retention(self) -> None:
         self._retention = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from agentserve.core.batch import Batch
@@ -70,6 +71,56 @@ class Decision:
     """Whether prompts that wait for the prefill lane may use what the resumes leave of the budget."""
 
 
+@record
+class DecodeSteps:
+    """Decode batches that follow each other at once, with the same requests, each of which gets a token from each."""
+
+    batch: Batch
+    """How they run. Its chunks are those of a batch before them."""
+    shape: BatchShape
+    """Of the first of them."""
+    started_ns: int
+    """When that one started."""
+    ends_ns: Sequence[int]
+    """When each of them ends."""
+    is_shared: bool
+    """Whether the other lane is busy all the time."""
+    signal: ControlSignal
+    """Of the moment before the first one is made. Later ones have another time and other decodes."""
+
+    def shape_of(self, index: int) -> BatchShape:
+        """Of one of the batches, from 0."""
+        num_decodes = self.shape.num_decodes
+        return BatchShape(num_decodes, self.shape.num_decode_context + index * num_decodes, num_samples=num_decodes)
+
+    def signal_of(self, index: int) -> ControlSignal:
+        """Of the moment before one of them is made, from 0."""
+        first = self.signal
+        if index == 0:
+            return first
+        return ControlSignal(
+            self.ends_ns[index - 1],
+            self.shape_of(index),
+            first.num_resume_tokens,
+            first.num_prefill_tokens,
+            first.num_waiting_prefill_tokens,
+            first.prefill_start,
+            first.riding_start,
+            first.oldest_prefill_arrival_ns,
+            first.decode_running_ns,
+            first.decode_is_ahead,
+        )
+
+    def observation_of(self, index: int) -> BatchObservation:
+        """The end of one of them, from 0."""
+        started_ns = self.ends_ns[index - 1] if index else self.started_ns
+        took_ns = self.ends_ns[index] - started_ns
+        is_shared = self.is_shared and took_ns > 0
+        return BatchObservation(
+            self.batch, self.shape_of(index), max(1, took_ns), self.ends_ns[index], took_ns, is_shared, not is_shared
+        )
+
+
 class Controller(Protocol):
     def observe(self, observation: BatchObservation) -> None:
         """Takes what became of a batch; called once for each, in order of completion, before `decide`."""
@@ -78,3 +129,20 @@ class Controller(Protocol):
     def decide(self, signal: ControlSignal) -> Decision:
         """The same observations and signals in the same order give the same decisions."""
         ...
+
+    def follow(self, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
+        """Decides before each of these batches and observes it, as long as the decision is `present`.
+
+        Returns how many were made that way, and the last decision. What `follow_singly` does, in less time.
+        """
+        ...
+
+
+def follow_singly(controller: Controller, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
+    """`Controller.follow`, one batch after the other."""
+    for index in range(len(steps.ends_ns)):
+        decision = controller.decide(steps.signal_of(index))
+        if decision != present:
+            return index, decision
+        controller.observe(steps.observation_of(index))
+    return len(steps.ends_ns), present

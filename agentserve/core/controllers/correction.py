@@ -41,11 +41,17 @@ class Corrections:
         self._deviations: dict[Mode, float] = {}
         self._counts: dict[Mode, int] = {}
         self._common_deviation = 0.0
+        self._is_exact = True
+        """Whether all that was measured was as predicted. Then one more of that kind changes nothing."""
         self.gap_ns = 0.0
         """Mean time between the end of a decode batch and the start of the next one: part of the time per token."""
 
     def observe(self, mode: Mode, ratio: float) -> None:
         """Takes a measurement; `ratio` is measured / predicted without corrections."""
+        if self._is_exact and ratio == 1.0:
+            self._observe_exact(mode, 1)
+            return
+        self._is_exact = False
         error = min(max(ratio / self.factor(mode), _LEAST), _MOST)
         for other, factor in self._modes.items():
             self._modes[other] = factor + _FADE * (1.0 - factor)
@@ -63,9 +69,30 @@ class Corrections:
         self._common_deviation += _COMMON_WEIGHT * (distance - self._common_deviation)
         self._counts[mode] = self._counts.get(mode, 0) + 1
 
+    def observe_all(self, mode: Mode, measured_ns: list[int], predicted_ns: list[int]) -> None:
+        """Takes the measurements of several batches of a mode, one after the other."""
+        if self._is_exact and measured_ns == predicted_ns:
+            self._observe_exact(mode, len(measured_ns))
+            return
+        for measured, predicted in zip(measured_ns, predicted_ns, strict=True):
+            self.observe(mode, measured / max(1, predicted))
+
+    def _observe_exact(self, mode: Mode, count: int) -> None:
+        """Takes measurements that were as predicted, as all have been: every factor is 1, and stays so."""
+        self._modes[mode] = 1.0
+        self._deviations[mode] = 0.0
+        self._counts[mode] = self._counts.get(mode, 0) + count
+
     def observe_gap(self, gap_ns: int) -> None:
         """Takes the time between two batches; at least 0."""
         self.gap_ns += _DEVIATION_WEIGHT * (max(0, gap_ns) - self.gap_ns)
+
+    def observe_no_gaps(self, count: int) -> None:
+        """Takes so many gaps of no time."""
+        gap_ns = self.gap_ns
+        for _ in range(count if gap_ns else 0):
+            gap_ns += _DEVIATION_WEIGHT * (0 - gap_ns)
+        self.gap_ns = gap_ns
 
     def factor(self, mode: Mode) -> float:
         """What a prediction for this mode is multiplied with."""

@@ -16,7 +16,18 @@ class Option:
     decision: Decision
     tpot_ns: float
     prefill_rate: float
-    """Prompt tokens per second."""
+    """Prompt tokens per second, one prompt after the other."""
+
+
+def rate_in_turn(first: float, second: float) -> float:
+    """Prompt tokens per second at which two equal prompts, read one after the other, would end as early in the mean as
+    they do when both are read at once, at these rates.
+
+    Read at once, with shares s and 1 - s of a rate, they end after 1 / s and 2 times what one of them takes at the
+    whole rate; one after the other after 1 and 2. The sum of both rates alone would call that the same.
+    """
+    total = first + second
+    return 3.0 * total / (2.0 + total / max(first, second))
 
 
 class Merit:

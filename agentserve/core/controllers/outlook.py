@@ -11,7 +11,7 @@ import math
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import ControlSignal
 from agentserve.core.controllers.correction import Corrections
-from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.costmodel import CostModel, prompt_shape
 from agentserve.core.slots import PartitionKind, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
@@ -23,12 +23,22 @@ CHUNK_LEVEL = 1.15
 class Way:
     """A partition, and what of its predictions does not change."""
 
-    __slots__ = ("chunks", "decode_contention", "decode_units", "kind", "partition", "prefill_contention", "rates")
+    __slots__ = (
+        "chunks",
+        "decode_contention",
+        "decode_units",
+        "kind",
+        "partition",
+        "prefill_contention",
+        "prefill_units",
+        "rates",
+    )
 
     def __init__(self, cost: CostModel, partition: SlotPartition, *, co_running: bool = True) -> None:
         self.partition = partition
         self.kind = partition.kind
         self.decode_units = partition.decode_units
+        self.prefill_units = partition.prefill_units
         self.decode_contention = cost.contention(_DECODE, partition) if co_running else 1.0
         self.prefill_contention = cost.contention(_PREFILL, partition) if co_running else 1.0
         self.chunks: dict[int, int] = {}
@@ -44,6 +54,7 @@ class Outlook:
         "_corrections",
         "_cost",
         "_high_factors",
+        "_lane_works",
         "_prefill_factors",
         "_prefill_levels",
         "_works",
@@ -60,6 +71,7 @@ class Outlook:
         self.signal = signal
         self.whole = whole
         self._works: dict[tuple[int, int], float] = {}
+        self._lane_works: dict[tuple[int, int, int], float] = {}
         self._high_factors: dict[tuple[PartitionKind, bool], float] = {}
         self._prefill_factors: dict[PartitionKind, float] = {}
         self._prefill_levels: dict[PartitionKind, int] = {}
@@ -119,7 +131,10 @@ class Outlook:
         return num_tokens * 1e9 / (wait_ns + num_tokens * 1e9 / rate) if num_tokens and wait_ns is not None else rate
 
     def _lane_ns(self, way: Way, num_tokens: int, start: int) -> int:
-        work_ns = self._cost.work_ns(BatchShape().with_prefill(num_tokens, start), way.partition.prefill_units)
+        key = (way.prefill_units, num_tokens, start)
+        work_ns = self._lane_works.get(key)
+        if work_ns is None:
+            work_ns = self._lane_works[key] = self._cost.work_ns(prompt_shape(num_tokens, start), way.prefill_units)
         return self._cost.stretched_ns(work_ns, way.prefill_contention)
 
     def _token_ns(self, work_ns: float, way: Way, mixed: bool) -> float:

@@ -22,11 +22,11 @@ from bisect import bisect_left, bisect_right
 
 from agentserve.config import EngineConfig
 from agentserve.core.batch import Lane
-from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision, DecodeSteps, follow_singly
 from agentserve.core.controllers.correction import Corrections, Mode
-from agentserve.core.controllers.merit import Merit, Option
+from agentserve.core.controllers.merit import Merit, Option, rate_in_turn
 from agentserve.core.controllers.outlook import CHUNK_LEVEL, Outlook, Way
-from agentserve.core.costmodel import BatchShape, CostModel
+from agentserve.core.costmodel import BatchShape, CostModel, prompt_shape
 from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 
 # Looking up a member of an enumeration costs as much as a call.
@@ -117,6 +117,25 @@ class PredictiveController:
             self._planned_for = key
             self._age = 0
         return self._plan.decision
+
+    def follow(self, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
+        signal, plan = steps.signal, self._plan
+        if plan is None or steps.is_shared or signal.num_resume_tokens + signal.num_prefill_tokens:
+            return follow_singly(self, steps, present)
+        # As long as there is nothing to share the device with, `decide` says what it has said before.
+        if plan.decision != present:
+            return 0, plan.decision
+        batch, ends_ns = steps.batch, steps.ends_ns
+        count = len(ends_ns)
+        if not batch.co_running:
+            predicted_ns = self._cost.decode_durations(steps.shape, batch.partition, False, count)
+            starts_ns = (steps.started_ns, *ends_ns[:-1])
+            durations_ns = [max(1, end - start) for start, end in zip(starts_ns, ends_ns, strict=True)]
+            self._corrections.observe_all(
+                self._mode(batch.lane, batch.partition, steps.shape), durations_ns, predicted_ns
+            )
+        self._corrections.observe_no_gaps(count)
+        return count, present
 
     # ---- options ----
 
@@ -273,7 +292,9 @@ class PredictiveController:
             if not (shares or is_first):
                 break
             riding = num_resume_tokens + (num_waiting_tokens if shares else 0)
-            rate = lane_rate + outlook.delayed(min(budget, riding) * 1e9 / tpot_ns, riding)
+            riding_rate = outlook.delayed(min(budget, riding) * 1e9 / tpot_ns, riding)
+            guest_rate = riding_rate * max(0, min(budget, riding) - num_resume_tokens) / min(budget, riding)
+            rate = rate_in_turn(lane_rate, guest_rate) + riding_rate - guest_rate
             if not is_first:
                 # The first riders disturb the decodes: they must promise more than the hysteresis.
                 least = merit.gain_of(best_ns, best_rate) * (1.0 if best_shares else 1.0 + self._hysteresis)
@@ -311,7 +332,7 @@ class PredictiveController:
         return (lane, partition.kind, bool(shape.num_decodes and shape.num_prefill_tokens))
 
     def _lone_rate(self, signal: ControlSignal) -> float:
-        prefill = BatchShape().with_prefill(self._lone_chunk, signal.prefill_start)
+        prefill = prompt_shape(self._lone_chunk, signal.prefill_start)
         predicted_ns = self._cost.duration_ns(prefill, _PREFILL, self._table.whole, False)
         return self._lone_chunk * 1e9 / (predicted_ns * self._corrections.factor((_PREFILL, _WHOLE, False)))
 
@@ -336,7 +357,7 @@ class PredictiveController:
         """The longest chunk whose end is near: longer ones are no slower per token, and need fewer batches."""
 
         def duration_ns(chunk: int) -> float:
-            shape = BatchShape().with_prefill(chunk)
+            shape = prompt_shape(chunk)
             return self._cost.duration_ns(shape, _PREFILL, partition, co_running) * factor
 
         def longest(limit: int) -> int:

@@ -8,7 +8,7 @@ neither thresholds nor steps nor the interval: they are configuration, and adr/0
 from __future__ import annotations
 
 from agentserve.config import EngineConfig
-from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision, DecodeSteps, follow_singly
 from agentserve.core.slots import PartitionTable, SlotPartition
 
 
@@ -43,6 +43,9 @@ class ReactiveController:
             self._sum_ns = self._num_gaps = 0
             self._changed_ns = signal.now_ns
         return Decision(self._ladder[self._level], self._budget, self._prefill_chunk)
+
+    def follow(self, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
+        return follow_singly(self, steps, present)
 
     def _adapt(self, tpot_ns: float) -> None:
         control = self._control

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from agentserve.config import EngineConfig
-from agentserve.core.controllers import BatchObservation, ControlSignal, Decision
+from agentserve.core.controllers import BatchObservation, ControlSignal, Decision, DecodeSteps
 from agentserve.core.slots import PartitionTable
 
 
@@ -18,6 +18,9 @@ class StaticController:
 
     def decide(self, signal: ControlSignal) -> Decision:  # noqa: ARG002 - the point of this controller
         return self._decision
+
+    def follow(self, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
+        return (len(steps.ends_ns) if self._decision == present else 0), self._decision
 
 
 def static_decision(config: EngineConfig, table: PartitionTable) -> Decision:

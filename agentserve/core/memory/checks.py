@@ -15,20 +15,20 @@ def check_holdings(
     """Returns the blocks in use. Raises AssertionError if a count, link or state is wrong."""
     tree.check_invariants()
     nodes = list(tree.nodes())
-    refs: Counter[RadixNode] = Counter()
+    ends: Counter[RadixNode] = Counter(path[-1] for path in locks if path)
     for path in locks:
         assert all(node.is_ready for node in path), "a lock holds a pending block"
-        refs.update(path)
     used = [node.block_id for node in nodes]
     num_pending = 0
     for request_id, holding in holdings.items():
         num_pending += _check_path(tree, request_id, holding)
         _check_counts(request_id, holding, block_size, caching)
-        refs.update(holding.path)
+        ends.update(holding.path[-1:])
         used += [block_id for index, block_id in enumerate(holding.block_ids) if holding.is_private(index)]
     for node in nodes:
-        assert node.num_refs == refs.pop(node, 0), f"block {node.block_id}: wrong reference count"
-    assert not refs, "a node is held that is not in the tree"
+        num_refs = ends.pop(node, 0) + sum(child.num_refs > 0 for child in node.children.values())
+        assert node.num_refs == num_refs, f"block {node.block_id}: wrong reference count"
+    assert not ends, "a node is held that is not in the tree"
     assert num_pending == sum(not node.is_ready for node in nodes), "a pending block has no living owner"
     return used
 

@@ -172,6 +172,11 @@ class EvictionOrder:
         group = self._first_group()
         return None if group is None else group.key
 
+    def first_worth(self) -> Key | None:
+        """The same of the leaf itself: what its group is worth, and what it is worth within that."""
+        group = self._first_group()
+        return None if group is None else (*group.key, *_first_entry(group)[0])
+
     def _first_group(self) -> EvictionGroup | None:
         while self._groups:
             _, _, version, group = self._groups[0]
@@ -275,10 +280,15 @@ class EvictionOrder:
         assert self._by_age is not None
         while self._by_age[0][2] != self._by_age[0][3].stamp:
             heapq.heappop(self._by_age)
-        while group.heap[0][2] != group.heap[0][3].stamp:
-            heapq.heappop(group.heap)
-            group.num_stale -= 1
-        return self._by_age[0][3] is group.heap[0][3]
+        return self._by_age[0][3] is _first_entry(group)[3]
+
+
+def _first_entry(group: EvictionGroup) -> _Entry:
+    """The leaf of a group that goes first. There must be one."""
+    while group.heap[0][2] != group.heap[0][3].stamp:
+        heapq.heappop(group.heap)
+        group.num_stale -= 1
+    return group.heap[0]
 
 
 def _check_heap(heap: list[_Entry] | list[tuple[Key, int, int, EvictionGroup]]) -> None:

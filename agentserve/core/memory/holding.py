@@ -6,6 +6,7 @@ import sys
 
 from agentserve.core.memory.eviction import SessionBlocks
 from agentserve.core.memory.radix import RadixNode
+from agentserve.core.memory.trails import Trail
 
 NEVER = sys.maxsize
 """Of `Holding.publish_at` if nothing is cached."""
@@ -34,6 +35,7 @@ class Holding:
         "publish_at",
         "salt",
         "session",
+        "trail",
     )
 
     def __init__(
@@ -51,10 +53,20 @@ class Holding:
         """Tokens that there are blocks for."""
         self.publish_at = NEVER
         """Computed tokens at which a block is full that is not ready yet."""
+        self.trail: Trail | None = None
+        """The beginning of `path`, if a prompt before this one had it."""
 
     @property
     def last_node(self) -> RadixNode | None:
         return self.path[-1] if self.path else None
+
+    def private_block_ids(self) -> list[int]:
+        """Blocks that are not in the tree, in the order of the tokens."""
+        path, block_ids = self.path, self.block_ids
+        # What was there at the admission is in the tree.
+        first = 0 if self.trail is None else len(self.trail.path)
+        found = [own for own, node in zip(block_ids[first:], path[first:], strict=False) if own != node.block_id]
+        return found + block_ids[len(path) :]
 
     def is_private(self, index: int) -> bool:
         return index >= len(self.path) or self.path[index].block_id != self.block_ids[index]

@@ -1,4 +1,4 @@
-"""The queue of loads: blocks of lower tiers on their way to requests that wait for them."""
+"""Loads of the prefix cache: blocks of lower tiers on their way to requests that wait for them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from agentserve.core.memory.load_queue import Urgency
 from agentserve.core.memory.tiers import TierEntry, TierStore
 
 Place: TypeAlias = tuple[int, TierEntry]
@@ -29,10 +30,10 @@ class Load:
 
     __slots__ = ("items", "num_done", "num_flying", "order", "request_id")
 
-    def __init__(self, request_id: str, order: tuple[int, float, int], items: list[tuple[int, TierEntry, int]]) -> None:
+    def __init__(self, request_id: str, order: tuple[Urgency, int], items: list[tuple[int, TierEntry, int]]) -> None:
         self.request_id = request_id
         self.order = order
-        """Priority, invocation distance and sequence: the smallest goes next."""
+        """Urgency and sequence: the smallest goes next."""
         self.items = items
         """Tier, block in it, and block of the device, in the order of the tokens."""
         self.num_done = 0
@@ -49,12 +50,8 @@ class Load:
         return self.items[self.num_done : self.num_done + self.num_flying]
 
 
-class LoadQueue:
-    """Loads by urgency, cut in pieces.
-
-    The most urgent load goes next whenever a link is idle, so an urgent one overtakes others between two of their
-    pieces (the preemptible load queue of ScaleSim). The blocks that a load will read stay locked in their tiers.
-    """
+class BlockLoads:
+    """Loads of blocks, cut in pieces. The blocks that a load will read stay locked in their tiers."""
 
     def __init__(self, tiers: Sequence[TierStore], max_blocks: int) -> None:
         """`max_blocks`: of one piece."""
@@ -63,29 +60,25 @@ class LoadQueue:
         self._loads: dict[str, Load] = {}
         self._sequence = 0
 
-    def backlog(self) -> Counter[int]:
-        """Blocks that are still to be read, by tier."""
-        return Counter(tier for load in self._loads.values() for tier, _, _ in load.items[load.num_done :])
+    def backlog(self, urgency: Urgency) -> Counter[int]:
+        """Blocks that are read before what is so urgent, by tier."""
+        ahead = [load for load in self._loads.values() if load.order[0] <= urgency]
+        return Counter(tier for load in ahead for tier, _, _ in load.items[load.num_done :])
 
-    def begin(
-        self, request_id: str, places: Iterable[Place], block_ids: Iterable[int], priority: tuple[int, float]
-    ) -> None:
-        """Queues a load into these blocks of the device. Smaller priorities go first, then earlier ones.
-
-        A priority is that of the request, and the invocation distance of its agent: 0 if it waits.
-        """
+    def begin(self, request_id: str, places: Iterable[Place], block_ids: Iterable[int], urgency: Urgency) -> None:
+        """Queues a load into these blocks of the device. Of equally urgent ones the earlier goes first."""
         items = [(tier, entry, block_id) for (tier, entry), block_id in zip(places, block_ids, strict=True)]
         assert items and request_id not in self._loads, f"{request_id!r}: nothing to load, or a load already"
         for tier, entry, _ in items:
             self._tiers[tier].acquire(entry)
         self._sequence += 1
-        self._loads[request_id] = Load(request_id, (*priority, self._sequence), items)
+        self._loads[request_id] = Load(request_id, (urgency, self._sequence), items)
 
-    def hurry(self, request_id: str, priority: int) -> None:
-        """Somebody of this priority waits for the load: it goes before those that are less urgent."""
+    def hurry(self, request_id: str, urgency: Urgency) -> None:
+        """Somebody waits for the load: it goes before those that are less urgent."""
         load = self._loads.get(request_id)
         if load is not None:
-            load.order = min(load.order, (priority, 0.0, load.order[2]))
+            load.order = min(load.order, (urgency, load.order[1]))
 
     def abort(self, request_id: str) -> bool:
         """Cuts a load short. True if it is over now; False if it will be when the piece under way is done."""
@@ -96,12 +89,17 @@ class LoadQueue:
         del self._loads[request_id]
         return True
 
-    def next_piece(self, tier: int) -> Load | None:
-        """The load that reads this tier next; its `flying` items are under way from now on."""
-        waiting = [load for load in self._loads.values() if load.next_tier == tier]
-        if not waiting:
+    def next_on(self, tier: int) -> Load | None:
+        """The most urgent load that would read this tier next."""
+        if not self._loads:
             return None
-        load = min(waiting, key=lambda load: load.order)
+        waiting = (load for load in self._loads.values() if load.next_tier == tier)
+        return min(waiting, key=lambda load: load.order, default=None)
+
+    def start_piece(self, request_id: str) -> Load:
+        """The load, whose `flying` items are under way from now on."""
+        load = self._loads[request_id]
+        tier = load.items[load.num_done][0]
         end, most = load.num_done, load.num_done + self._max_blocks
         while end < min(most, len(load.items)) and load.items[end][0] == tier:
             end += 1

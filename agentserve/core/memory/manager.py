@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Sequence
 
 from agentserve.config import TieringConfig
 from agentserve.core.memory.answers import Allocation, AllocationOutcome, PrefixLock, PrefixMatch
-from agentserve.core.memory.block import BlockPool
+from agentserve.core.memory.cache import BlockCache
 from agentserve.core.memory.checks import check_holdings
-from agentserve.core.memory.eviction import EvictionOrder, Key, SessionBlocks
+from agentserve.core.memory.eviction import SessionBlocks
 from agentserve.core.memory.holding import Holding, Holdings
-from agentserve.core.memory.loads import LoadProgress
-from agentserve.core.memory.modules import AdapterModule
+from agentserve.core.memory.load_queue import Urgency, urgency_at
 from agentserve.core.memory.prefetch import Prefetches
-from agentserve.core.memory.radix import EvictionKey, RadixNode, RadixTree, lru_key
-from agentserve.core.memory.residency import RecomputeCost, Residency
-from agentserve.core.memory.sharing import UserGroups
-from agentserve.core.transfers import Transfer, TransferOutput
-from agentserve.errors import ConfigError
+from agentserve.core.memory.radix import EvictionKey, RadixNode, lru_key
+from agentserve.core.memory.residency import RecomputeCost
 
 __all__ = ["Allocation", "AllocationOutcome", "MemoryManager", "PrefixLock", "PrefixMatch"]
 
+_NOT_URGENT = urgency_at(math.inf)
 
-class MemoryManager:
+
+class MemoryManager(BlockCache):
     """Paged KV blocks with a radix tree of cached prefixes over them.
 
     A block is in exactly one of three states: free, cached (in the tree, held by nobody: evictable) or held (by
@@ -48,87 +48,19 @@ class MemoryManager:
         tiering: TieringConfig | None = None,
         recompute_ns: RecomputeCost | None = None,
     ) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ConfigError(f"{num_blocks} KV blocks of {block_size} tokens: both numbers must be positive")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.num_evicted_blocks = 0
-        """Blocks whose content was dropped to make room, since the start."""
-        self.num_dropped_blocks = 0
-        """Blocks that `drop` freed, though nobody needed the room."""
-        self.max_pinned_blocks = num_blocks
-        """Pinned blocks that admissions leave alone at most."""
+        super().__init__(num_blocks, block_size, eviction_key=eviction_key, tiering=tiering, recompute_ns=recompute_ns)
         self.num_pin_refusals = 0
         """Admissions that would have got memory, had no block been pinned."""
         self.num_pin_yields = 0
         """Admissions that were allowed to take pinned blocks, because nothing else would have given them memory."""
         self._caching = enable_prefix_caching
-        self._pool = BlockPool(num_blocks)
-        self._tree = RadixTree(block_size, eviction_key)
         self._holdings = Holdings()
-        self.residency: Residency | None = None
-        """The tiers below the device, if there are any."""
-        self.adapters: AdapterModule | None = None
-        """The LoRA adapters, if there are any."""
-        if tiering is not None:
-            self.residency = Residency(
-                tiering, block_size, rate=self._tree.rate, free_block=self._pool.put, recompute_ns=recompute_ns
-            )
         self.prefetches = Prefetches(self)
         """What is being loaded although nobody waits for it."""
-        self.losers: dict[SessionBlocks, None] | None = None
-        """Sessions that have lost blocks since somebody looked, in order; None: nobody wants to know."""
-        self._locks: dict[int, list[RadixNode]] = {}
-        self._last_lock_id = 0
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Blocks that hold nothing."""
-        return self._pool.num_free
-
-    @property
-    def num_cached_blocks(self) -> int:
-        """Blocks that hold a prefix nobody uses at the moment."""
-        return self._tree.num_cached
-
-    @property
-    def num_available_blocks(self) -> int:
-        """Blocks that an allocation could get at once: free or evictable."""
-        num_available = self._pool.num_free + self._tree.num_cached
-        return num_available if self.residency is None else max(0, num_available - self.residency.num_copying_blocks)
-
-    @property
-    def _num_leaving_blocks(self) -> int:
-        """Blocks that will be free when they have been copied down."""
-        return 0 if self.residency is None else self.residency.num_leaving_blocks
-
-    @property
-    def _num_obtainable_blocks(self) -> int:
-        """Blocks that an admission could get: at once, or when copies to a lower tier are done."""
-        return self._pool.num_free + self._tree.num_cached + self._num_leaving_blocks
-
-    @property
-    def num_pinned_blocks(self) -> int:
-        """Blocks that nobody holds, and that stay while anything else can be evicted."""
-        return self._tree.order.num_pinned
-
-    @property
-    def order(self) -> EvictionOrder:
-        """What a policy decides about: which blocks go first."""
-        return self._tree.order
 
     def holds(self, request_id: str) -> bool:
         """Whether the request has been admitted and not been freed since."""
         return request_id in self._holdings
-
-    def match_prefix(self, token_ids: Sequence[int], *, salt: str | None = None) -> PrefixMatch:
-        """What is cached of `token_ids`. O(matched tokens); changes nothing, the order of eviction included."""
-        ready, pending = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
-        return PrefixMatch(
-            num_tokens=len(ready) * self.block_size,
-            num_pending_tokens=len(pending) * self.block_size,
-            pending_owner=pending[0].owner if pending else None,
-        )
 
     def allocate(
         self,
@@ -139,8 +71,7 @@ class MemoryManager:
         reserve_blocks: int = 0,
         session: SessionBlocks | None = None,
         ignore_pins: bool = False,
-        priority: int = 0,
-        distance: float = 0.0,
+        urgency: Urgency = _NOT_URGENT,
     ) -> Allocation:
         """Admits a request: holds the cached prefix and takes blocks for the rest of `token_ids`, or changes nothing.
 
@@ -148,9 +79,8 @@ class MemoryManager:
         PENDING_PREFIX if the block behind the cached prefix is being computed by another request: try again later.
 
         What lies in lower tiers behind that prefix, and is loaded sooner than computed, is being loaded from then on,
-        loads of smaller `priority` first, then those of smaller `distance`; see `finish_transfer`. If blocks have to be
-        copied down before they are free, the outcome is OUT_OF_BLOCKS, too: the copies go on, and the next attempt
-        finds the room.
+        what has the smallest `urgency` first; see `finish_transfer`. If blocks have to be copied down before they are
+        free, the outcome is OUT_OF_BLOCKS, too: the copies go on, and the next attempt finds the room.
 
         The blocks will belong to `session`. Pinned blocks of others are taken with `ignore_pins` only, and then last.
 
@@ -164,36 +94,37 @@ class MemoryManager:
             raise ValueError(f"{len(token_ids)} tokens need {num_needed} blocks; there are {self.num_blocks}")
         if reserve_blocks < 0:
             raise ValueError(f"reserve_blocks must not be negative, it is {reserve_blocks}")
-        path, pending = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
+        path, pending, trail = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
         if pending:
             owner = pending[0].owner
             if owner is not None and owner in self.prefetches:
-                self.prefetches.hurry(owner, priority)
+                self.prefetches.hurry(owner, urgency)
             return Allocation(AllocationOutcome.PENDING_PREFIX, pending_owner=owner)
         num_new = num_needed - len(path)
         # Matched nodes that nobody holds are evictable now, but not once this request holds them.
-        num_cached_matches = sum(node.num_refs == 0 for node in path)
+        num_cached_matches = _num_unheld(path)
         spare = self._num_obtainable_blocks - num_cached_matches - num_new - reserve_blocks
         if spare < 0 and self.prefetches.give_way():
-            num_cached_matches = sum(node.num_refs == 0 for node in path)
+            num_cached_matches = _num_unheld(path)
             spare = self._num_obtainable_blocks - num_cached_matches - num_new - reserve_blocks
         if spare < 0 or (self.num_pinned_blocks and not self._respects_pins(path, spare, ignore_pins)):
             return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
         num_cached_tokens = len(path) * self.block_size
-        for node in path:
-            self._tree.acquire(node)
+        if path:
+            self._tree.acquire(path[-1])
         if not self._make_room(num_new, may_wait=True):
-            for node in reversed(path):
-                self._tree.release(node)
+            if path:
+                self._tree.release(path[-1])
             return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
         holding = Holding(salt, path, num_cached_tokens, session)
+        holding.trail = self._trails.take(trail, path)
         holding.block_ids += self._pool.take(num_new)
         holding.capacity = num_needed * self.block_size
         self._holdings[request_id] = holding
         if self._caching:
             holding.publish_at = num_cached_tokens + self.block_size
             self._register_pending(request_id, holding, token_ids)
-        num_loading = self._begin_load(request_id, holding, token_ids, (priority, distance))
+        num_loading = self._begin_load(request_id, holding, token_ids, urgency)
         return Allocation(AllocationOutcome.ALLOCATED, num_cached_tokens, num_loading_tokens=num_loading)
 
     def extend(self, request_id: str, num_tokens: int) -> bool:
@@ -211,10 +142,11 @@ class MemoryManager:
         holding.capacity = len(block_ids) * self.block_size
         return True
 
-    def commit(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> None:
+    def commit(self, request_id: str, token_ids: Sequence[int], num_computed_tokens: int) -> int:
         """Says that the KV of `token_ids[:num_computed_tokens]` is valid; blocks that are full now become cached.
 
-        `token_ids` starts with the tokens of the admission and may be longer than `num_computed_tokens`. Takes
+        Returns how many computed tokens fill the next block: nothing comes of a call with fewer than these. `token_ids`
+        starts with the tokens of the admission and may be longer than `num_computed_tokens`. Takes
         O(newly filled blocks), so O(1) for most decode steps.
 
         Raises ValueError if the count falls, exceeds `token_ids` or the blocks, or if tokens differ from the admitted
@@ -233,6 +165,7 @@ class MemoryManager:
         if num_computed_tokens >= holding.publish_at:
             self._publish_full(request_id, holding, token_ids, num_computed_tokens // self.block_size)
         holding.num_computed_tokens = num_computed_tokens
+        return holding.publish_at
 
     def block_ids(self, request_id: str) -> tuple[int, ...]:
         """The blocks of a request in the order of its tokens. The tuple is kept until the blocks change."""
@@ -242,66 +175,9 @@ class MemoryManager:
             block_ids = holding.block_ids_tuple = tuple(holding.block_ids)
         return block_ids
 
-    # ---- lower tiers ----
-
-    def start_transfers(self) -> list[Transfer]:
-        """The copies between tiers that the executor is to make now."""
-        return [] if self.residency is None else self.residency.start()
-
-    def abort_load(self, request_id: str) -> bool:
-        """Cuts the load of a request short. True if it is over; False if it will be when its next transfer is done."""
-        assert self.residency is not None, "there are no tiers"
-        return self.residency.abort_load(request_id)
-
-    def finish_transfer(self, output: TransferOutput) -> LoadProgress | None:
-        """Books a copy that is done. If a request waits for it: what came of it, to be committed by the caller.
-
-        After the last one the request runs like any other. What did not come it has to compute.
-        """
-        assert self.residency is not None, "there are no tiers"
-        return self.residency.finish(output)
-
-    def loadable(self, token_ids: Sequence[int], *, salt: str | None = None) -> tuple[int, int] | None:
-        """How many blocks of `token_ids` are ready, and how many behind them are loaded sooner than computed.
-
-        None if there are none of the latter, or if somebody computes or loads them already.
-        """
-        path, pending = self._match(token_ids, salt, len(token_ids) // self.block_size)
-        if self.residency is None or pending:
-            return None
-        size, first = self.block_size, len(path)
-        blocks = (token_ids[start : start + size] for start in range(first * size, len(token_ids), size))
-        found = self.residency.find(path[-1] if path else None, salt, blocks)
-        found = self.residency.worth_loading(found, first * size)
-        return (first, len(found)) if found else None
-
-    def make_room_before(self, count: int, key: Key) -> int:
-        """Evicts what is worth less than `key` until `count` blocks are free, or will be; how many are free now."""
-        while self._tree.num_cached and self._pool.num_free + self._num_leaving_blocks < count:
-            first = self.order.first_key()
-            if first is None or first[: len(key)] >= key:
-                break
-            self._give_up([self._tree.evict_leaf()], may_wait=True)
-        return self._pool.num_free
-
     def num_computed_tokens(self, request_id: str) -> int:
         """The tokens of a request whose KV is valid."""
         return self._holdings[request_id].num_computed_tokens
-
-    def _begin_load(
-        self, request_id: str, holding: Holding, token_ids: Sequence[int], priority: tuple[int, float]
-    ) -> int:
-        """Starts to load what lower tiers have of the prompt, if that is worth it; returns how many tokens."""
-        if self.residency is None:
-            return 0
-        size, first = self.block_size, holding.num_ready_blocks
-        most = (len(token_ids) - 1) // size
-        blocks = (token_ids[index * size : (index + 1) * size] for index in range(first, most))
-        found = self.residency.find(holding.path[first - 1] if first else None, holding.salt, blocks)
-        found = self.residency.worth_loading(found, first * size)
-        if found:
-            self.residency.begin_load(request_id, found, holding.block_ids[first : first + len(found)], priority)
-        return len(found) * size
 
     def limits(self, request_id: str) -> tuple[int, int]:
         """The computed tokens at which a `commit` has a block to publish, and the tokens that there are blocks for."""
@@ -320,24 +196,6 @@ class MemoryManager:
         num_blocks = self._ceil_blocks(num_tokens)
         return block_ids if len(block_ids) == num_blocks else block_ids[:num_blocks]
 
-    def lock(self, token_ids: Sequence[int], *, salt: str | None = None) -> PrefixLock:
-        """Keeps the ready whole blocks of `token_ids` from eviction until `unlock`. There may be none."""
-        path, _ = self._match(token_ids, salt, len(token_ids) // self.block_size)
-        for node in path:
-            self._tree.acquire(node)
-        self._last_lock_id += 1
-        self._locks[self._last_lock_id] = path
-        return PrefixLock(self._last_lock_id, len(path) * self.block_size)
-
-    def unlock(self, lock: PrefixLock) -> None:
-        """Ends a lock. Raises ValueError if it has ended already."""
-        path = self._locks.pop(lock.lock_id, None)
-        if path is None:
-            raise ValueError(f"lock {lock.lock_id} is not held")
-        self._tree.touch(path)
-        for node in reversed(path):
-            self._tree.release(node)
-
     def free(self, request_id: str) -> None:
         """Takes all blocks from a request that finished, was cancelled or is preempted.
 
@@ -349,62 +207,18 @@ class MemoryManager:
         self._tree.touch(holding.path, holding.session)
         if self.residency is not None:
             self.residency.released(holding.path)
-        for index in range(len(holding.block_ids) - 1, -1, -1):
-            if holding.is_private(index):
-                self._pool.put(holding.block_ids[index])
-            if index < len(holding.path):
-                node = holding.path[index]
-                if node.is_ready:
-                    self._tree.release(node)
-                else:
-                    self._tree.remove(node)
-                    self._pool.put(node.block_id)
+        for block_id in reversed(holding.private_block_ids()):
+            self._pool.put(block_id)
+        path, num_ready = holding.path, len(holding.path)
+        while num_ready and not path[num_ready - 1].is_ready:
+            num_ready -= 1
+            self._tree.remove(path[num_ready])
+            self._pool.put(path[num_ready].block_id)
+        if num_ready:
+            self._tree.release(path[num_ready - 1])
+            self._trails.add(path[:num_ready], holding.trail)
         if holding.session is not None and holding.session.is_transient:
             self.drop(holding.session)
-
-    def session_of(self, token_ids: Sequence[int], *, salt: str | None = None) -> SessionBlocks | None:
-        """Whose history the prompt goes on with: who used the last cached block of it last. None: nobody known."""
-        ready, _ = self._match(token_ids, salt, (len(token_ids) - 1) // self.block_size)
-        node = ready[-1] if ready else None
-        if node is None or (node.group is not None and node.group.is_shared):
-            return None
-        return node.user
-
-    def drop(self, session: SessionBlocks) -> int:
-        """Frees the private blocks of a session that nobody holds; returns how many."""
-        num_dropped = 0
-        for node in self._tree.evict_group(session.group):
-            self._give_up([node], may_wait=False)
-            num_dropped += 1
-        self.num_dropped_blocks += num_dropped
-        return num_dropped
-
-    def demote(self, session: SessionBlocks) -> int:
-        """Takes the private blocks of a session that nobody holds off the device; returns how many.
-
-        What is worth it and is not in a lower tier yet is copied there first; without tiers this is `drop`.
-        """
-        nodes = list(self._tree.evict_group(session.group))
-        self._give_up(nodes, may_wait=True)
-        return len(nodes)
-
-    def use_policy(self, block_key: EvictionKey, *, protects_anchors: bool, max_pinned_blocks: int) -> None:
-        """Puts a policy in charge of what goes first. Only while nothing is cached."""
-        self.order.block_key = block_key
-        self.order.compare_with_lru()
-        self._tree.protects_anchors = protects_anchors
-        self.max_pinned_blocks = max_pinned_blocks
-
-    def rate_by_users(self) -> None:
-        """What several sessions use is worth what it is to who values it most. Only while nothing is cached."""
-        self._tree.sharing = UserGroups(self.order)
-        self.losers = {}
-
-    def rekey(self, session: SessionBlocks, key: Key, *, is_pinned: bool = False) -> None:
-        """Says what the private blocks of a session are worth."""
-        self.order.rekey(session.group, key, is_pinned=is_pinned)
-        if self._tree.sharing is not None:
-            self._tree.sharing.rekeyed(session)
 
     def use_lru(self) -> None:
         """From now on the least recently used block goes first, whatever a policy said before."""
@@ -412,17 +226,6 @@ class MemoryManager:
         self.losers = None
         for holding in self._holdings.values():
             holding.session = None
-
-    def _respects_pins(self, path: Sequence[RadixNode], spare: int, ignore_pins: bool) -> bool:
-        """Whether an admission that leaves `spare` evictable blocks may have them, in view of what is pinned."""
-        num_own = sum(node.num_refs == 0 and node.group is not None and node.group.is_pinned for node in path)
-        if spare >= min(self.num_pinned_blocks - num_own, self.max_pinned_blocks):
-            return True
-        if ignore_pins:
-            self.num_pin_yields += 1
-        else:
-            self.num_pin_refusals += 1
-        return ignore_pins
 
     def check_invariants(self) -> None:
         """Raises AssertionError if any count, link or state is wrong. O(blocks + cached tokens): for tests."""
@@ -437,45 +240,31 @@ class MemoryManager:
         assert not any(self._pool.is_free(block_id) for block_id in used), "a block is free and in use"
         assert self.num_free_blocks + len(used) == self.num_blocks, "a block was lost"
 
-    def _ceil_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+    # ---- parts of these ----
 
-    def _match(
-        self, token_ids: Sequence[int], salt: str | None, max_blocks: int
-    ) -> tuple[list[RadixNode], list[RadixNode]]:
-        """The ready nodes for `token_ids`, and the pending ones directly behind them."""
-        ready = self._tree.find(token_ids, salt, max_blocks)
-        num_ready = len(ready)
-        while num_ready and not ready[num_ready - 1].is_ready:
-            num_ready -= 1
-        pending = ready[num_ready:]
-        del ready[num_ready:]
-        return ready, pending
+    def _respects_pins(self, path: Sequence[RadixNode], spare: int, ignore_pins: bool) -> bool:
+        """Whether an admission that leaves `spare` evictable blocks may have them, in view of what is pinned."""
+        num_own = sum(node.num_refs == 0 and node.group is not None and node.group.is_pinned for node in path)
+        if spare >= min(self.num_pinned_blocks - num_own, self.max_pinned_blocks):
+            return True
+        if ignore_pins:
+            self.num_pin_yields += 1
+        else:
+            self.num_pin_refusals += 1
+        return ignore_pins
 
-    def _make_room(self, count: int, *, may_wait: bool) -> bool:
-        """Evicts until `count` blocks are free or will be when they have been copied; whether they are free now.
-
-        `may_wait`: blocks may be copied to a lower tier first. Otherwise what is not there is dropped.
-        """
-        while self._tree.num_cached:
-            missing = count - self._pool.num_free
-            if may_wait and self.residency is not None:
-                missing -= self.residency.num_leaving_blocks
-            if missing <= 0:
-                break
-            self._give_up([self._tree.evict_leaf() for _ in range(min(missing, self._tree.num_cached))], may_wait)
-        return self._pool.num_free >= count
-
-    def _give_up(self, nodes: Sequence[RadixNode], may_wait: bool) -> None:
-        """Frees the blocks of nodes that have left the tree, at once or when they have been copied."""
-        self.num_evicted_blocks += len(nodes)
-        if self.losers is not None:
-            self.losers.update((node.user, None) for node in nodes if node.user is not None)
-        if self.residency is not None:
-            self.residency.evicted(nodes, may_wait=may_wait)
-            return
-        for node in nodes:
-            self._pool.put(node.block_id)
+    def _begin_load(self, request_id: str, holding: Holding, token_ids: Sequence[int], urgency: Urgency) -> int:
+        """Starts to load what lower tiers have of the prompt, if that is worth it; returns how many tokens."""
+        if self.residency is None:
+            return 0
+        size, first = self.block_size, holding.num_ready_blocks
+        most = (len(token_ids) - 1) // size
+        blocks = (token_ids[index * size : (index + 1) * size] for index in range(first, most))
+        found = self.residency.find(holding.path[first - 1] if first else None, holding.salt, blocks)
+        found = self.residency.worth_loading(found, first * size, urgency)
+        if found:
+            self.residency.begin_load(request_id, found, holding.block_ids[first : first + len(found)], urgency)
+        return len(found) * size
 
     def _register_pending(self, request_id: str, holding: Holding, token_ids: Sequence[int]) -> None:
         """Adds a pending node for each whole block of the prompt that is to be computed."""
@@ -514,5 +303,10 @@ class MemoryManager:
             if not found.is_ready:
                 found.owner = None
                 found.block_id = holding.block_ids[index]  # the block of the former owner is private to it from now on
-            self._tree.acquire(found)
+            self._tree.go_on(found)
         holding.path.append(found)
+
+
+def _num_unheld(path: Sequence[RadixNode]) -> int:
+    """How many nodes of a path nobody holds: its last ones, since who holds a node holds its ancestors."""
+    return len(path) - bisect_left(path, True, key=lambda node: node.num_refs == 0)

@@ -1,105 +1,22 @@
-"""Memory of agents that is no KV: modules, the queue of what they load, and the module of the LoRA adapters.
-
-ScaleSim (section 4.4, table 1) derives each kind of agent memory from one class with four methods and orders the loads
-of all of them in one queue by invocation distance. Here a module moves no bytes: it orders a copy, and is told when the
-copy is done. A load is made of copies, and between two of them a more urgent one goes first: that is the preemption.
-"""
+"""The module of the LoRA adapters: which are on the device, in which slot, and which come next."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from agentserve.config import AdapterConfig, LoraConfig
-from agentserve.core.adapters import AdapterLoad, AdapterLoadOutput, salted
+from agentserve.core.adapters import AdapterLoad, AdapterLoadOutput, TransferOrder, salted
 from agentserve.core.memory.eviction import Key
-from agentserve.core.queues import rank
+from agentserve.core.memory.load_queue import LoadQueue, LoadTask, Urgency, urgency_at, urgency_of
 from agentserve.core.request import Request
 from agentserve.core.stats import AdapterStats
+from agentserve.core.transfers import Tier
 
-Urgency: TypeAlias = tuple[float, tuple[int, tuple[float, ...], int]]
-"""Invocation distance (0: somebody waits), then the rank of who waits. The smallest goes first."""
-_NOBODY = (0, (), 0)
 _UNKNOWN = float("inf")
-
-
-@dataclass(frozen=True, slots=True)
-class LoadTask:
-    """An object of a module that should be loaded."""
-
-    name: str
-    urgency: Urgency
-
-
-OrderT_co = TypeVar("OrderT_co", covariant=True)
-
-
-class MemoryModule(Protocol[OrderT_co]):
-    """One kind of agent memory."""
-
-    def on_request(self, request: Request) -> None:
-        """A request has come, or waits again: notes what it needs (`HandleReq`)."""
-        ...
-
-    def evict(self, urgency: Urgency) -> int | None:
-        """Makes room for one object that is so urgent, by the module's order (`Evict`); the place, or None.
-
-        What is in use, or will be used sooner, stays.
-        """
-        ...
-
-    def load_tasks(self) -> Sequence[LoadTask]:
-        """What should be loaded now, started loads included (`DispatchLoadTasks`)."""
-        ...
-
-    def load(self, name: str, urgency: Urgency) -> OrderT_co | None:
-        """The next copy of a load, or None if there is no place for the object (`Load`)."""
-        ...
-
-    def preempted(self, name: str) -> None:
-        """A load that has started is interrupted by a more urgent one; it goes on behind that, or loses its place."""
-        ...
-
-
-class LoadQueue(Generic[OrderT_co]):
-    """The one queue of the loads of all modules: one copy at a time, the most urgent load first.
-
-    Loads that compete for a link would all come late, therefore one follows the other.
-    """
-
-    def __init__(self, modules: Sequence[MemoryModule[OrderT_co]]) -> None:
-        self._modules = modules
-        self._started: tuple[int, str] | None = None
-        """Module and object of the load that was worked on last, if it is not over."""
-        self.is_busy = False
-        """Whether a copy is under way."""
-
-    def start(self) -> OrderT_co | None:
-        """The next copy, if none is under way and there is something to load."""
-        if self.is_busy:
-            return None
-        tasks = [(task.urgency, index, task.name) for index, m in enumerate(self._modules) for task in m.load_tasks()]
-        for urgency, index, name in sorted(tasks):
-            order = self._modules[index].load(name, urgency)
-            if order is None:
-                continue
-            before, self._started = self._started, (index, name)
-            if before not in {None, self._started} and any(before == task[1:] for task in tasks):
-                assert before is not None
-                self._modules[before[0]].preempted(before[1])
-            self.is_busy = True
-            return order
-        return None
-
-    def finished(self, *, is_over: bool) -> None:
-        """The copy under way is done; `is_over`: and so is the load that it was a part of."""
-        self.is_busy = False
-        if is_over:
-            self._started = None
-
-
-# ---- LoRA adapters ----
+_LINK = Tier.HOST
+"""Over which adapters come, and KV from host memory, too."""
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +50,8 @@ class Adapter:
     def urgency(self) -> Urgency:
         """Of whoever waits for it, or else of its next use."""
         if self.waiting:
-            return (0.0, min(rank(request) for request in self.waiting.values()))
-        return (self.distance, _NOBODY)
+            return min(urgency_of(request) for request in self.waiting.values())
+        return urgency_at(self.distance)
 
 
 AdapterKey: TypeAlias = Callable[[Adapter], Key]
@@ -150,18 +67,22 @@ def distance_key(adapter: Adapter) -> Key:
 
 
 class AdapterModule:
-    """A `MemoryModule`: which adapters are in which slot of the device, and who uses them.
+    """A `MemoryModule`: which adapters are in which slot of the device, and who uses them. They come from host memory.
 
     A request needs its adapter from its admission until it ends or is preempted; meanwhile the adapter is locked.
     When all slots are locked and somebody waits for one, the adapter that is expected to be free first takes no new
     requests that come after the one that waits: so everybody's turn comes.
     """
 
-    def __init__(self, config: LoraConfig, eviction_key: AdapterKey = distance_key) -> None:
+    def __init__(
+        self, config: LoraConfig, eviction_key: AdapterKey = distance_key, queue: LoadQueue | None = None
+    ) -> None:
+        """`queue`: of all loads; None: there are no others."""
         self.eviction_key = eviction_key
-        self._queue: LoadQueue[AdapterLoad] = LoadQueue([self])
+        self._queue = LoadQueue() if queue is None else queue
+        self._queue.add(self)
         self._num_loads = self._num_evictions = self._num_preempted_loads = self._num_failed_loads = 0
-        self._loaded_bytes = self._num_orders = 0
+        self._loaded_bytes = self._load_ns = self._num_orders = 0
         self._config = config
         self._adapters = {adapter.name: Adapter(adapter, index) for index, adapter in enumerate(config.adapters)}
         self._free_slots = list(range(config.max_resident - 1, -1, -1))
@@ -174,6 +95,8 @@ class AdapterModule:
         """By request that runs."""
         self._flying: tuple[AdapterLoad, Adapter] | None = None
         self._num_events = 0
+        self._changed = True
+        """Whether there may be a load that could not go on when somebody asked last."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._adapters
@@ -181,7 +104,7 @@ class AdapterModule:
     @property
     def is_busy(self) -> bool:
         """Whether a copy is under way."""
-        return self._queue.is_busy
+        return self._flying is not None
 
     def salt(self, cache_salt: str | None, name: str | None) -> str | None:
         """The salt of the prefix cache for requests with this adapter, or without one."""
@@ -190,7 +113,7 @@ class AdapterModule:
     # ---- requests ----
 
     def on_request(self, request: Request) -> None:
-        """See `MemoryModule.on_request`. Nothing for a request without adapter."""
+        """A request has come, or waits again: notes what it needs (`HandleReq` of the paper)."""
         if request.adapter is None:
             return
         adapter = self._adapters[request.adapter]
@@ -243,6 +166,7 @@ class AdapterModule:
         if adapter is not None:
             adapter.users.remove(request_id)
             self._touch(adapter)
+            self._changed = True
 
     def _hold_one(self, held: set[str]) -> None:
         """If all slots are in use: adds to `held` the adapter that is expected to give its slot back first."""
@@ -271,19 +195,25 @@ class AdapterModule:
 
     # ---- loads ----
 
-    def load_tasks(self) -> list[LoadTask]:
-        """See `MemoryModule.load_tasks`."""
-        return [LoadTask(name, adapter.urgency) for name, adapter in self._asked.items()]
+    def next_load(self, link: Tier) -> LoadTask | None:
+        """See `MemoryModule.next_load`: the most urgent adapter that has a slot, or can have one."""
+        if link is not _LINK or not self._changed:
+            return None
+        asked = [((*a.urgency, a.slot is None, a.sequence), a) for a in self._asked.values()]
+        found = min(asked, default=None)
+        if found is not None and found[1].slot is None and not self._has_slot_for(found[0][:2]):
+            # Nor is there one for those that are less urgent.
+            found = min((entry for entry in asked if entry[1].slot is not None), default=None)
+        self._changed = found is not None
+        return None if found is None else LoadTask(found[1].config.name, found[0][:2])
 
-    def load(self, name: str, urgency: Urgency) -> AdapterLoad | None:
+    def load(self, link: Tier, name: str) -> AdapterLoad:  # noqa: ARG002 - there is one link only
         """See `MemoryModule.load`."""
         adapter = self._adapters[name]
         if adapter.slot is None:
-            slot = self.evict(urgency)
-            if slot is None:
-                return None
-            adapter.slot = slot
-            self._placed[slot] = adapter
+            adapter.slot = self.evict(adapter.urgency)
+            assert adapter.slot is not None, f"there is no slot for {name}"
+            self._placed[adapter.slot] = adapter
         config = adapter.config
         part_bytes = -(-config.num_bytes // config.num_parts)
         num_parts = min(config.num_parts - adapter.num_parts, max(1, self._config.max_load_bytes // part_bytes))
@@ -296,7 +226,8 @@ class AdapterModule:
         return order
 
     def evict(self, urgency: Urgency) -> int | None:
-        """See `MemoryModule.evict`: a free slot, or that of the idle adapter that is worth least."""
+        """Makes room for an adapter that is so urgent (`Evict` of the paper): a free slot, or that of the idle adapter
+        that is worth least; None if all others are in use, or as urgent."""
         if self._free_slots:
             return self._free_slots.pop()
         idle = [adapter for adapter in self._placed.values() if not adapter.users and adapter.urgency > urgency]
@@ -310,13 +241,13 @@ class AdapterModule:
         self._num_evictions += 1
         return self._clear(victim)
 
-    def preempted(self, name: str) -> None:  # noqa: ARG002 - it keeps what it has until somebody needs the slot
-        """See `MemoryModule.preempted`."""
-        self._num_preempted_loads += 1
+    def preempted(self, name: str) -> None:
+        """See `MemoryModule.preempted`. It keeps what it has until somebody needs the slot."""
+        self._num_preempted_loads += name in self._asked
 
-    def start(self) -> list[AdapterLoad]:
-        """The copies that the executor is to make now."""
-        order = self._queue.start() if self._asked else None
+    def start(self) -> list[TransferOrder]:
+        """The copy over the link of the adapters that the executor is to make now, if there is one."""
+        order = self._queue.start(_LINK)
         return [] if order is None else [order]
 
     def finish(self, output: AdapterLoadOutput) -> tuple[Request, ...]:
@@ -327,6 +258,7 @@ class AdapterModule:
         assert self._flying is not None and self._flying[0].load_id == output.load_id, f"unexpected {output}"
         order, adapter = self._flying
         self._flying = None
+        self._load_ns += output.finished_ns - output.started_ns
         failed: tuple[Request, ...] = ()
         if output.error is None:
             adapter.num_parts += order.num_parts
@@ -340,8 +272,12 @@ class AdapterModule:
             adapter.is_wanted = False
             self._free_slots.append(self._clear(adapter))
             self._free_slots.sort(reverse=True)
-        self._queue.finished(is_over=adapter.is_resident or output.error is not None)
+        self._changed = True
+        self._queue.finished(_LINK, is_over=adapter.is_resident or output.error is not None)
         return failed
+
+    def _has_slot_for(self, urgency: Urgency) -> bool:
+        return bool(self._free_slots) or any(not a.users and a.urgency > urgency for a in self._placed.values())
 
     def _touch(self, adapter: Adapter) -> None:
         self._num_events += 1
@@ -349,6 +285,7 @@ class AdapterModule:
 
     def _list(self, adapter: Adapter) -> None:
         """Puts an adapter among those to be loaded, or takes it out."""
+        self._changed = True
         if not adapter.is_resident and (adapter.waiting or adapter.is_wanted):
             self._asked[adapter.config.name] = adapter
         else:
@@ -376,6 +313,7 @@ class AdapterModule:
             num_preempted_loads=self._num_preempted_loads,
             num_failed_loads=self._num_failed_loads,
             loaded_bytes=self._loaded_bytes,
+            load_ns=self._load_ns,
         )
 
     def check_invariants(self) -> None:
@@ -393,7 +331,6 @@ class AdapterModule:
             assert is_asked == (name in self._asked), f"{name}: listed wrongly"
         users = {request_id for adapter in self._adapters.values() for request_id in adapter.users}
         assert users == self._used.keys(), "a lock was lost"
-        assert self.is_busy == (self._flying is not None), "a copy was lost"
         if self._flying is not None:
             order, adapter = self._flying
             assert adapter.slot == order.slot and adapter.num_parts == order.first_part, "a slot is written for nobody"

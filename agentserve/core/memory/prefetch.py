@@ -8,18 +8,16 @@ load then has the call's priority.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from agentserve.core.memory.eviction import Key, SessionBlocks
+from agentserve.core.memory.load_queue import Urgency, urgency_at
 
 if TYPE_CHECKING:
     from agentserve.core.memory.manager import MemoryManager
 
-_PRIORITY = sys.maxsize
-"""Behind all requests."""
 MAX_PREFETCHES = 2
 """Under way at once: one is copied, and the next one follows without a gap."""
 
@@ -70,33 +68,35 @@ class Prefetches:
         first = self._memory.order.first_key()
         return self._memory.num_free_blocks > 1 or (first is not None and first[:_NUM_DISTANCE] < key[:_NUM_DISTANCE])
 
-    def start(self, session: SessionBlocks, distance: float, reserve_blocks: int) -> PrefetchOutcome:
+    def start(self, session: SessionBlocks, distance: float, max_blocks: int) -> PrefetchOutcome:
         """Loads what lower tiers have of the path that a session used last, or as much of it as there is room for.
 
         Args:
             session: whose blocks; its group says what they are worth.
             distance: its place among the prefetches; the smallest is loaded first.
-            reserve_blocks: free or evictable blocks that must remain.
+            max_blocks: free or evictable blocks that it may take.
         """
         memory, size, path = self._memory, self._memory.block_size, session.path
-        if not path:
+        if not path or path[-1].is_in_tree:  # the end of a path leaves first
             return PrefetchOutcome.NOTHING
         token_ids = [token for node in path for token in node.key]
         salt = path[0].salt
-        found = memory.loadable(token_ids, salt=salt)
+        urgency = urgency_at(distance)
+        found = memory.loadable(token_ids, salt=salt, urgency=urgency)
         if found is None:
             return PrefetchOutcome.NOTHING
         num_ready, num_found = found
         # One block more than is loaded: a request has a token behind what is cached.
-        spare = memory.num_available_blocks - reserve_blocks
-        num_new = min(num_found + 1, spare, memory.make_room_before(num_found + 1, session.group.key[:_NUM_DISTANCE]))
+        num_new = min(num_found + 1, max_blocks)
+        if num_new >= 2:
+            num_new = min(num_new, memory.make_room_before(num_new, session.group.key[:_NUM_DISTANCE]))
         if num_new < 2:
             return PrefetchOutcome.NO_ROOM
         token_ids = token_ids[: (num_ready + num_new - 1) * size]
         name = f"\0prefetch/{self._num_started}"
         self._num_started += 1
         allocation = memory.allocate(
-            name, [*token_ids, 0], salt=salt, session=session, ignore_pins=True, priority=_PRIORITY, distance=distance
+            name, [*token_ids, 0], salt=salt, session=session, ignore_pins=True, urgency=urgency
         )
         if not allocation.num_loading_tokens:
             if memory.holds(name):
@@ -105,11 +105,11 @@ class Prefetches:
         self._active[name] = _Prefetch(session, token_ids, is_partial=num_new <= num_found)
         return PrefetchOutcome.STARTED
 
-    def hurry(self, name: str, priority: int) -> None:
-        """A call of this priority waits for a prefetch: it is a load like any other from now on."""
+    def hurry(self, name: str, urgency: Urgency) -> None:
+        """A call waits for a prefetch: it is a load like any other from now on."""
         assert self._memory.residency is not None, "there are no tiers"
         self._active[name].is_awaited = True
-        self._memory.residency.hurry(name, priority)
+        self._memory.residency.hurry(name, urgency)
 
     def give_way(self) -> bool:
         """Cuts the prefetches short that no call waits for: a call needs their blocks. Whether that will free some.

@@ -46,7 +46,8 @@ class RadixNode:
         self.block_id = block_id
         self.children: dict[tuple[int, ...], RadixNode] = {}
         self.num_refs = 0
-        """Requests and locks that hold this node. Who holds a node holds all its ancestors, too."""
+        """Requests and locks whose path ends here, and children that are held: who holds a node holds all its
+        ancestors, too, but only those that nobody held before need to be told."""
         self.owner: str | None = None
         """The request that computes the block, None once it is ready."""
         self.last_access = 0
@@ -70,6 +71,11 @@ class RadixNode:
         return self.owner is None
 
     @property
+    def is_in_tree(self) -> bool:
+        """Whether it was not evicted."""
+        return self.parent is not None and self.parent.children.get(self.key) is self
+
+    @property
     def is_evictable(self) -> bool:
         return self.num_refs == 0 and not self.children and self.parent is not None
 
@@ -91,19 +97,27 @@ class RadixTree:
         self._block_size = block_size
         self._roots: dict[str | None, RadixNode] = {}
         self._last_sequence = 0
-        self._last_access = 0
+        self.last_access = 0
+        """Logical time of the latest `touch`."""
 
-    def find(self, token_ids: Sequence[int], salt: str | None, max_blocks: int) -> list[RadixNode]:
-        """The longest path for `token_ids`, at most `max_blocks` nodes: ready ones first, then pending ones."""
-        path: list[RadixNode] = []
-        node = self._roots.get(salt)
+    def find(
+        self, token_ids: Sequence[int], salt: str | None, max_blocks: int, known: Sequence[RadixNode] = ()
+    ) -> list[RadixNode]:
+        """The longest path for `token_ids`, at most `max_blocks` nodes: ready ones first, then pending ones.
+
+        `known`: its beginning, if somebody knows that already.
+        """
+        path = list(known)
+        node = path[-1] if path else self._roots.get(salt)
+        if node is None or not node.children:
+            return path
         size = self._block_size
-        for start in range(0, max_blocks * size, size):
-            if node is None or not node.children:
+        tokens = iter(token_ids[len(path) * size : max_blocks * size])
+        for key in zip(*[tokens] * size, strict=False):  # whole blocks
+            node = node.children.get(key)
+            if node is None:
                 break
-            node = node.children.get(tuple(token_ids[start : start + size]))
-            if node is not None:
-                path.append(node)
+            path.append(node)
         return path
 
     def child(self, parent: RadixNode | None, salt: str | None, key: tuple[int, ...]) -> RadixNode | None:
@@ -114,7 +128,7 @@ class RadixTree:
     def insert(
         self, parent: RadixNode | None, salt: str | None, key: tuple[int, ...], block_id: int, owner: str | None
     ) -> RadixNode:
-        """Adds a node below `parent` (None: the root of `salt`), held once by the caller."""
+        """Adds a node below `parent` (None: the root of `salt`), the new end of the caller's path."""
         if parent is None:
             parent = self._roots.get(salt)
             if parent is None:
@@ -129,35 +143,53 @@ class RadixTree:
         return node
 
     def acquire(self, node: RadixNode) -> None:
-        """Holds a node whose ancestors are held already."""
-        if node.num_refs == 0:
-            self.num_cached -= 1
+        """Holds a node and all its ancestors. O(those that nobody held before)."""
+        parent, order, num_held = node.parent, self.order, 0
+        while parent is not None:
+            num_refs = node.num_refs
+            node.num_refs = num_refs + 1
+            if num_refs:
+                break
+            num_held += 1
             if node.group is not None:
-                self.order.count_cached(node.group, -1)
+                order.count_cached(node.group, -1)
             if not node.children:
-                self.order.discard(node)
-        node.num_refs += 1
+                order.discard(node)
+            node, parent = parent, parent.parent
+        self.num_cached -= num_held
+
+    def go_on(self, node: RadixNode) -> None:
+        """Makes a node, which exists, the new end of a path that ended with its parent."""
+        self.acquire(node)
+        parent = node.parent
+        if parent is not None and parent.parent is not None:
+            parent.num_refs -= 1  # it is the end of the path no more
 
     def release(self, node: RadixNode) -> None:
-        """Lets go of a ready node. The nodes of a path are released from its end."""
+        """Lets go of the end of a path, which must be ready, and of all its ancestors. O(those that nobody holds)."""
         assert node.num_refs > 0, f"block {node.block_id} is released more often than it was acquired"
         assert node.owner is None, f"block {node.block_id} is pending and cannot stay in the cache"
-        node.num_refs -= 1
-        if node.num_refs == 0:
-            self.num_cached += 1
+        parent, order, num_released = node.parent, self.order, 0
+        while parent is not None:
+            num_refs = node.num_refs = node.num_refs - 1
+            if num_refs:
+                break
+            num_released += 1
             if node.group is not None:
-                self.order.count_cached(node.group, 1)
+                order.count_cached(node.group, 1)
             if not node.children:
-                self.order.push(node)
+                order.push(node)
+            node, parent = parent, parent.parent
+        self.num_cached += num_released
 
     def touch(self, path: list[RadixNode], session: SessionBlocks | None = None) -> None:
         """Marks a path as used now, by `session` if it is known.
 
         For a holder that is about to release it: until then nothing of it can be evicted.
         """
-        self._last_access += 1
+        self.last_access += 1
         for node in path:
-            node.last_access = self._last_access
+            node.last_access = self.last_access
         if session is not None:
             self._claim(path, session)
 
@@ -193,16 +225,22 @@ class RadixTree:
             if old is not new:
                 break
             num_common += 1
-        if num_common in (len(before), len(path)) or 2 * num_common < len(before):
-            return
-        for node in before[num_common:]:
-            if node.parent is None or node.parent.children.get(node.key) is not node:
-                return  # it was evicted, and all behind it before
+        if num_common not in (len(before), len(path)) and 2 * num_common >= len(before):
+            self.supersede(session, num_common)
+
+    def supersede(self, session: SessionBlocks, num_kept: int) -> int:
+        """Lets what is private behind the first `num_kept` blocks of a session's last path go first; how many."""
+        num_moved = 0
+        for node in session.path[num_kept:]:
+            if not node.is_in_tree:
+                break  # it was evicted, and all behind it before
             if node.user is session and node.group is session.group and node.num_refs == 0:
                 self.order.move(node, self.order.superseded)
+                num_moved += 1
+        return num_moved
 
     def remove(self, node: RadixNode) -> None:
-        """Takes a node without children out of the tree."""
+        """Takes a node without children out of the tree. If it is the end of a path, that ends with its parent now."""
         parent = node.parent
         assert parent is not None, "a root cannot be removed"
         assert not node.children, f"block {node.block_id} has descendants and cannot be removed"
@@ -265,7 +303,7 @@ class RadixTree:
             assert node.salt == parent.salt, f"block {node.block_id}: another salt than its parent"
             assert len(node.key) == self._block_size, f"block {node.block_id}: not a whole block of tokens"
             if parent.parent is not None:
-                assert node.num_refs <= parent.num_refs, f"block {node.block_id} is held, but not its parent"
+                assert parent.num_refs or not node.num_refs, f"block {node.block_id} is held, but not its parent"
                 assert parent.owner in (None, node.owner), f"block {node.block_id} is ready below a pending one"
         num_cached = sum(node.num_refs == 0 for node in nodes)
         assert self.num_cached == num_cached, f"{self.num_cached} cached blocks counted, there are {num_cached}"

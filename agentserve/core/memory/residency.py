@@ -23,8 +23,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from agentserve.config import TieringConfig
+from agentserve.core.adapters import TransferOrder
 from agentserve.core.memory.copies import Copy, depth_of, runs_of
-from agentserve.core.memory.loads import Load, LoadProgress, LoadQueue, Place
+from agentserve.core.memory.flush import FlushQueue
+from agentserve.core.memory.load_queue import LoadQueue, LoadTask, Urgency
+from agentserve.core.memory.loads import BlockLoads, Load, LoadProgress, Place
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.memory.tiers import TierEntry, TierStore, child_id, content_id, root_id
 from agentserve.core.stats import TierStats
@@ -35,7 +38,10 @@ RecomputeCost: TypeAlias = Callable[[int, int], int]
 
 
 class Residency:
-    """The tiers below the device pool and all transfers between them. Belongs to `MemoryManager`."""
+    """The tiers below the device pool and all transfers between them. Belongs to `MemoryManager`.
+
+    To the queue of loads it is the `MemoryModule` of the prefix cache.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class Residency:
         rate: Callable[[RadixNode], tuple[float, ...]],
         free_block: Callable[[int], None],
         recompute_ns: RecomputeCost | None,
+        queue: LoadQueue,
     ) -> None:
         """Makes empty tiers.
 
@@ -54,6 +61,7 @@ class Residency:
             rate: what a block is worth: the key of the eviction policy.
             free_block: gives a block of the device back to its pool.
             recompute_ns: what computing costs; None: a copy is always taken to be cheaper.
+            queue: of all loads.
         """
         self.num_leaving_blocks = 0
         """Blocks of the device that are evicted and will be free when they have been copied."""
@@ -71,7 +79,10 @@ class Residency:
         """For each tier, copies into it whose place somebody waits for."""
         self._idle: deque[Copy] = deque()
         """Copies into the first tier that nobody waits for."""
-        self._loads = LoadQueue(self._tiers, config.max_transfer_blocks)
+        self._flush = FlushQueue(self._tiers, lambda count: self._is_worth(len(self._tiers) - 1, count, 0))
+        self._loads = BlockLoads(self._tiers, config.max_transfer_blocks)
+        self._queue = queue
+        queue.add(self)
         self._flying: dict[tuple[int, bool], tuple[Transfer, list[Copy] | Load]] = {}
         """What each link (tier, goes up) is copying."""
         self._num_transfers = 0
@@ -88,6 +99,16 @@ class Residency:
         return self.num_leaving_blocks + self.num_copying_blocks > 0
 
     # ---- what is below ----
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The nearest one first."""
+        return tuple(store.tier for store in self._tiers)
+
+    def tiers_with(self, block: bytes) -> list[Tier]:
+        """The tiers that have a block ready, by the id of its content."""
+        found = ((store.tier, store.find(block)) for store in self._tiers)
+        return [tier for tier, entry in found if entry is not None and entry.is_ready]
 
     def restore(self, contents: TierContents) -> None:
         """Takes in what a tier held before. Must come before any transfer."""
@@ -107,12 +128,14 @@ class Residency:
             found.append(place)
         return found
 
-    def worth_loading(self, found: list[Place], start: int) -> list[Place]:
+    def worth_loading(self, found: list[Place], start: int, urgency: Urgency) -> list[Place]:
         """The runs of `found`, each in one tier, up to the first that is computed sooner than it is loaded.
 
-        `start`: tokens before them. What is queued for the same link goes first and counts.
+        `start`: tokens before them. What is queued for the same link and goes first counts.
         """
-        backlog = self._loads.backlog()
+        if not found:
+            return found
+        backlog = self._loads.backlog(urgency)
         end = 0
         while end < len(found):
             tier, first = found[end][0], end
@@ -122,15 +145,13 @@ class Residency:
                 return found[:first]
         return found
 
-    def hurry(self, request_id: str, priority: int) -> None:
-        """Somebody of this priority waits for a load from now on."""
-        self._loads.hurry(request_id, priority)
+    def hurry(self, request_id: str, urgency: Urgency) -> None:
+        """Somebody waits for a load from now on."""
+        self._loads.hurry(request_id, urgency)
 
-    def begin_load(
-        self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], priority: tuple[int, float]
-    ) -> None:
+    def begin_load(self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], urgency: Urgency) -> None:
         """Queues the copies into `block_ids`, which belong to the request until the load is over."""
-        self._loads.begin(request_id, places, block_ids, priority)
+        self._loads.begin(request_id, places, block_ids, urgency)
 
     def abort_load(self, request_id: str) -> bool:
         """Cuts a load short. True if it is over now; False if it will be when the transfer under way is done."""
@@ -192,23 +213,43 @@ class Residency:
                 for node in reversed(run):
                     self._free_block(node.block_id)
 
-    def forget(self, node: RadixNode) -> None:
-        """Drops what the tiers hold of a block, unless somebody reads it just now."""
-        for store in self._tiers:
-            entry = store.find(content_id(node))
-            if entry is not None and entry.is_ready and not entry.num_refs:
-                store.discard(entry)
+    def flush(self, cached: Iterable[RadixNode]) -> None:
+        """Begins to copy down all that the last tier lacks, if that outlives the engine: `cached` and what is below."""
+        self._flush.begin()
+        if self._flush.is_active:
+            below, last = self._tiers[0], len(self._tiers) - 1
+            fresh = [n for n in cached if below.find(content_id(n)) is None and n.content_id not in self._outbound]
+            for run in runs_of(fresh):
+                if self._is_worth(last, len(run), depth_of(run[0]) * self._size):
+                    self._idle.extend(self._copy(node) for node in run)
 
     # ---- transfers ----
 
-    def start(self) -> list[Transfer]:
-        """What the executor is to copy now: at most one transfer for each link and direction."""
-        started = []
-        for index in range(len(self._tiers)):
-            for transfer in (self._start_load(index), self._start_store(index)):
+    def start(self) -> list[TransferOrder]:
+        """What the executor is to copy now: at most one transfer for each link and direction.
+
+        Loads of other modules that share a link are among them.
+        """
+        started: list[TransferOrder] = []
+        for index, store in enumerate(self._tiers):
+            for transfer in (self._queue.start(store.tier), self._start_store(index)):
                 if transfer is not None:
                     started.append(transfer)
         return started
+
+    def next_load(self, link: Tier) -> LoadTask | None:
+        """See `MemoryModule.next_load`."""
+        load = self._loads.next_on(self.tiers.index(link)) if self._loads else None
+        return None if load is None else LoadTask(load.request_id, load.order[0])
+
+    def load(self, link: Tier, name: str) -> Transfer:
+        """See `MemoryModule.load`."""
+        load = self._loads.start_piece(name)
+        ids = [(entry.slot, block_id, entry) for _, entry, block_id in load.flying]
+        return self._fly(self.tiers.index(link), link, ids, load)
+
+    def preempted(self, name: str) -> None:
+        """See `MemoryModule.preempted`. What has come stays, and so do the blocks for the rest."""
 
     def finish(self, output: TransferOutput) -> LoadProgress | None:
         """Books a transfer that is done; says so if a request waits for it."""
@@ -220,8 +261,10 @@ class Residency:
             counts["failed"] += 1
         else:
             counts["loaded_bytes" if link[1] else "stored_bytes"] += transfer.num_bytes
+            counts["loads" if link[1] else "stores"] += 1
         if isinstance(cargo, Load):
             progress = self._loads.finish(cargo, ok=output.error is None)
+            self._queue.finished(transfer.source, is_over=progress.is_over)
             counts["hit_blocks"] += progress.num_blocks
             return progress
         for copy in cargo:
@@ -260,17 +303,6 @@ class Residency:
         num_copying = sum(c.entry is not None and not c.is_leaving for c in live)
         assert self.num_copying_blocks == num_copying, "wrong count of blocks that are being copied"
 
-    # ---- up ----
-
-    def _start_load(self, index: int) -> Transfer | None:
-        if (index, True) in self._flying:
-            return None
-        load = self._loads.next_piece(index)
-        if load is None:
-            return None
-        ids = [(entry.slot, block_id, entry) for _, entry, block_id in load.flying]
-        return self._fly(index, self._tiers[index].tier, ids, load)
-
     # ---- down ----
 
     def _copy(self, node: RadixNode) -> Copy:
@@ -289,6 +321,8 @@ class Residency:
                 if not self._admit_copy(index, queue[0], copies):
                     return self._fly_store(index, copies)
                 queue.popleft()
+        if self._flush.is_active and index == len(self._tiers) - 1:
+            self._flush.fill(copies, self._config.max_transfer_blocks, lambda key: self._make_room(index, key, False))
         return self._fly_store(index, copies)
 
     def _admit_copy(self, index: int, copy: Copy, copies: list[Copy]) -> bool:
@@ -323,6 +357,7 @@ class Residency:
         assert copy.entry is not None
         if ok:
             self._tiers[index].arrived(copy.entry)
+            self._flush.arrived(copy.content_id)
         else:
             self._tiers[index].discard(copy.entry)
         if copy.origin is not None:

@@ -201,6 +201,8 @@ class TierStore:
             stored_bytes=counts.get("stored_bytes", 0),
             loaded_bytes=counts.get("loaded_bytes", 0),
             num_dropped_blocks=counts.get("dropped", 0),
+            num_loads=counts.get("loads", 0),
+            num_stores=counts.get("stores", 0),
             num_failed_transfers=counts.get("failed", 0),
         )
 

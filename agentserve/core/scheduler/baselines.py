@@ -49,4 +49,5 @@ class FcfsScheduler(ChunkedScheduler):
     """
 
     def _prefilling(self) -> list[Request]:
-        return list(self._reading)
+        # One whose prefix is being loaded is in flight, though no batch is.
+        return [request for request in self._reading if not request.in_flight]

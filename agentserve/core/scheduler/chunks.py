@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from agentserve.core.batch import PENDING_TOKEN, SampleSpec, ScheduledChunk
 from agentserve.core.classify import classify
 from agentserve.core.request import Request, WorkClass
@@ -9,22 +11,28 @@ from agentserve.core.request import Request, WorkClass
 _DECODE = WorkClass.DECODE  # looking up a member of an enumeration costs as much as a call
 
 
-def decode_chunk(request: Request, block_ids: tuple[int, ...]) -> ScheduledChunk:
-    """The last token of a request that is decoding, and the next one to be sampled."""
-    token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
-    num_tokens = len(token_ids)
-    last = num_tokens - 1
-    history = tuple(token_ids) if request.needs_history else ()
-    spec = SampleSpec(request.sampling, num_tokens - num_prompt_tokens, history, num_prompt_tokens)
-    return ScheduledChunk(request.request_id, _DECODE, last, (token_ids[last],), block_ids, spec, request.adapter_slot)
+def decode_chunks(requests: Iterable[Request]) -> list[ScheduledChunk]:
+    """For each of these, which decode, the last token, and the next one to be sampled."""
+    chunks = []
+    for request in requests:
+        token_ids, num_prompt_tokens = request.token_ids, request.num_prompt_tokens
+        last = len(token_ids) - 1
+        history = tuple(token_ids) if request.needs_history else ()
+        spec = SampleSpec(request.sampling, last + 1 - num_prompt_tokens, history, num_prompt_tokens)
+        chunks.append(
+            ScheduledChunk(
+                request.request_id, _DECODE, last, (token_ids[last],), request.block_ids, spec, request.adapter_slot
+            )
+        )
+    return chunks
 
 
-def pending_chunk(request: Request, before: ScheduledChunk, block_ids: tuple[int, ...]) -> ScheduledChunk:
+def pending_chunk(request: Request, before: ScheduledChunk) -> ScheduledChunk:
     """The token that will be sampled behind `before`."""
     assert before.sample is not None
     spec = SampleSpec(request.sampling, before.sample.output_index + 1, (), request.num_prompt_tokens)
     slot = request.adapter_slot
-    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), block_ids, spec, slot)
+    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), request.block_ids, spec, slot)
 
 
 def prompt_chunk(

@@ -8,13 +8,12 @@ computed in the batches of the decode lane, as in Sarathi-Serve, and no batch of
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Sequence
 
 from agentserve.config import EngineConfig
-from agentserve.core.batch import Lane, ScheduledChunk
+from agentserve.core.batch import Batch, Lane, ScheduledChunk
 from agentserve.core.classify import classify, lane_of
-from agentserve.core.controllers import Controller, ControlSignal, Decision
+from agentserve.core.controllers import Controller, ControlSignal, Decision, DecodeSteps
 from agentserve.core.costmodel import BatchShape
 from agentserve.core.events import ControlDecided, EngineEvent
 from agentserve.core.memory.manager import MemoryManager
@@ -26,8 +25,6 @@ from agentserve.core.slots import PartitionKind, PartitionTable, SlotPartition
 _PREFILL = Lane.PREFILL
 _DECODE = Lane.DECODE
 _WHOLE = PartitionKind.WHOLE
-_CONSTANT = tuple(field.name for field in dataclasses.fields(ControlSignal))[2:]
-"""What a signal has behind the time and the decodes: it does not change in a run of decode steps."""
 _SHORT = 4
 """A prompt that needs less than one part in so many of a chunk shares its batch up to that part only."""
 
@@ -42,8 +39,6 @@ class LaneScheduler(RunScheduler):
         self._decide = controller.decide
         self._decided: Decision | None = None
         """What the controller has said already at this step."""
-        self._run_signal: tuple[Any, ...] = ()
-        """What signals have in common during a run."""
 
     def _co_partition(self) -> SlotPartition:
         assert self.decision is not None
@@ -99,17 +94,14 @@ class LaneScheduler(RunScheduler):
         room = min(decision.resume_budget, self._config.max_num_batched_tokens - len(self._decoding))
         return not may_ride or room <= 0
 
-    def _keeps_on(self, now_ns: int, decodes: BatchShape, is_first: bool) -> bool:
-        if is_first:
-            signal = self._signal(now_ns, self._prefilling(), decodes)
-            self._run_signal = tuple([getattr(signal, name) for name in _CONSTANT])
-        else:
-            signal = ControlSignal(now_ns, decodes, *self._run_signal)
-        decision = self._decide(signal)
-        if decision == self.decision:
-            return True
-        self._decided = decision
-        return False
+    def _agree(self, batch: Batch, shape: BatchShape, started_ns: int, ends_ns: Sequence[int]) -> int:
+        assert self._controller is not None and self.decision is not None, "decodes run, but nobody has decided how"
+        signal = self._signal(started_ns, self._prefilling(), shape)
+        steps = DecodeSteps(batch, shape, started_ns, ends_ns, _PREFILL in self.in_flight, signal)
+        num_batches, decision = self._controller.follow(steps, self.decision)
+        if num_batches < len(ends_ns):
+            self._decided = decision
+        return num_batches
 
     # ---- batches ----
 

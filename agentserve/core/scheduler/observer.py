@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from agentserve.core.batch import Batch, BatchOutput, BatchShape, Lane
+from collections.abc import Sequence
+
+from agentserve.core.batch import Batch, BatchOutput, Lane
 from agentserve.core.controllers import BatchObservation
 from agentserve.core.request import WorkClass
 
 # Looking up a member of an enumeration costs as much as a call.
 _PREFILL = Lane.PREFILL
 _DECODE = Lane.DECODE
+_DECODE_WORK = WorkClass.DECODE
 _BUSY, _IDLE = 0.9, 0.1
 """Shares of a batch's time in which the other lane was busy that count as all of it and as none."""
 
@@ -21,7 +24,7 @@ class LaneObserver:
         self._past: dict[Lane, list[tuple[int, int]]] = {lane: [] for lane in Lane}
         """Start and end of batches that may overlap one that is in flight in the other lane."""
         self._previous_decode_ns = 0
-        self._previous_sampled: frozenset[str] = frozenset()
+        self._previous_decodes: Batch | None = None
 
     def started(self, batch: Batch, now_ns: int) -> None:
         self._running_since[batch.lane] = now_ns
@@ -54,18 +57,18 @@ class LaneObserver:
             alone=share <= _IDLE,
         )
 
-    def continued(self, batch: Batch, shape: BatchShape, started_ns: int, finished_ns: int) -> BatchObservation:
-        """Books the end of a batch of the decode lane that followed at once, with the same requests.
+    def continued(self, started_ns: int, ends_ns: Sequence[int]) -> None:
+        """Books batches of the decode lane that followed at once, with the same requests, and when each of them ended.
 
-        `batch` says how it ran, `shape` what was computed. The other lane is as it was when the one before it ended.
+        The other lane is as it was when the one before them ended, at `started_ns`.
         """
-        duration_ns = max(1, finished_ns - started_ns)
-        is_shared = _PREFILL in self._running_since
-        if is_shared:
-            self._past[_DECODE].append((started_ns, finished_ns))
-        share = (finished_ns - started_ns) / duration_ns if is_shared else 0.0
-        gap_ns, self._previous_decode_ns = finished_ns - self._previous_decode_ns, finished_ns
-        return BatchObservation(batch, shape, duration_ns, finished_ns, gap_ns, share >= _BUSY, share <= _IDLE)
+        if not ends_ns:
+            return
+        if _PREFILL in self._running_since:
+            self._past[_DECODE] += zip((started_ns, *ends_ns[:-1]), ends_ns, strict=True)
+        self._previous_decode_ns = ends_ns[-1]
+        if _DECODE in self._running_since:  # a batch that was made ahead started at once
+            self._running_since[_DECODE] = ends_ns[-1]
 
     def _overlap_ns(self, other: Lane, start_ns: int, end_ns: int) -> int:
         spans = list(self._past[other])
@@ -74,11 +77,18 @@ class LaneObserver:
         return sum(max(0, min(end, end_ns) - max(start, start_ns)) for start, end in spans)
 
     def _gap_ns(self, batch: Batch, output: BatchOutput) -> int | None:
-        continued = any(
-            chunk.work_class is WorkClass.DECODE and chunk.request_id in self._previous_sampled
-            for chunk in batch.chunks
-        )
-        gap_ns = output.finished_ns - self._previous_decode_ns if continued else None
+        gap_ns = output.finished_ns - self._previous_decode_ns if self._continues(batch) else None
         self._previous_decode_ns = output.finished_ns
-        self._previous_sampled = frozenset([chunk.request_id for chunk in batch.chunks if chunk.sample is not None])
+        self._previous_decodes = batch
         return gap_ns
+
+    def _continues(self, batch: Batch) -> bool:
+        """Whether some request of a batch of decodes got a token from the one before it, too."""
+        before = self._previous_decodes
+        if before is None:
+            return False
+        first, other = batch.chunks[0], before.chunks[0]
+        if first.work_class is _DECODE_WORK and first.request_id == other.request_id and other.sample is not None:
+            return True
+        sampled = {chunk.request_id for chunk in before.chunks if chunk.sample is not None}
+        return any(chunk.work_class is _DECODE_WORK and chunk.request_id in sampled for chunk in batch.chunks)

@@ -28,7 +28,7 @@ class RunScheduler(Scheduler):
         head = self.in_flight.get(_DECODE)
         co_running = _PREFILL in self.in_flight
         # Without prompts a change of mind of the controller changes nothing.
-        is_calm = not co_running and not self._reading and self._memory.residency is None
+        is_calm = not (co_running or self._reading or self.speculation.request) and self._memory.residency is None
         if head is None or (settled and not is_calm) or self._ended or self._draining or not self._continues_alone():
             return None
         depth = 1 if self.ahead is None else 2
@@ -50,36 +50,26 @@ class RunScheduler(Scheduler):
         """
         head = plan.batches[0]
         growth = _Growth(self._memory, list(self._decoding), head, tokens, len(plan.batches))
-        shapes = _Shapes(plan)
+        following = _Following(plan, len(ends_ns))
         # Who got no memory is asked again when there is another amount of it.
         available = None if self._admission_waits() else self._memory.num_available_blocks
-        num_free, num_cached = self._memory.num_free_blocks, self._memory.num_cached_blocks
-        occupancy = []
-        num_steps = 0
-        batch, shape = head, head.shape
-        for end_ns in ends_ns:
-            if num_steps == 0:
-                self.batch_done(BatchOutput(head.batch_id, _DECODE, started_ns, end_ns, ()))
-            else:
-                observation = self._observer.continued(batch, shape, ends_ns[num_steps - 1], end_ns)
-                if self._controller is not None:
-                    self._controller.observe(observation)
-            num_steps += 1
+        has_room = available is None and self._memory.residency is None and self._has_room(len(ends_ns), growth.depth)
+        self.batch_done(BatchOutput(head.batch_id, _DECODE, started_ns, ends_ns[0], ()))
+        num_steps = 1
+        while True:
             if num_steps >= growth.next_step:
                 growth.publish(num_steps)
                 if self._memory.residency is not None:
                     break  # copies to lower tiers may begin
             if num_steps == len(ends_ns) or self._is_short(growth.num_wanted(num_steps), available):
                 break
-            batch, shape = shapes.of(num_steps)
-            if not self._keeps_on(end_ns, shape, num_steps == 1):
+            # As far as the memory need not be looked at.
+            stop = following.stop(num_steps, len(ends_ns) if has_room else max(growth.next_step, num_steps + 1))
+            num_more = self._follow(*following.of(num_steps), ends_ns[num_steps - 1], ends_ns[num_steps:stop])
+            growth.catch_up(num_steps + num_more)
+            num_steps += num_more
+            if num_steps < stop:
                 break
-            if num_steps >= growth.next_step:
-                growth.extend(num_steps)
-                memory = self._memory
-                if (memory.num_free_blocks, memory.num_cached_blocks) != (num_free, num_cached):
-                    num_free, num_cached = memory.num_free_blocks, memory.num_cached_blocks
-                    occupancy.append((num_steps - 1, num_free, num_cached))
         ends = tuple(ends_ns[:num_steps])
         run = DecodeRun(
             started_ns=started_ns,
@@ -87,7 +77,7 @@ class RunScheduler(Scheduler):
             plan=plan,
             tokens=growth.finish(ends[-1], num_steps),
             block_ids=growth.block_ids(),
-            occupancy=tuple(occupancy),
+            occupancy=tuple(growth.occupancy),
             first_batch_id=self._num_batches,
             block_size=self._memory.block_size,
             in_flight=None,
@@ -109,12 +99,19 @@ class RunScheduler(Scheduler):
         """
         return not self._reading and self.ahead is None
 
-    def _keeps_on(self, now_ns: int, decodes: BatchShape, is_first: bool) -> bool:  # noqa: ARG002 - for those who ask
-        """Asks whoever has to be asked before the next batch is made, with all `decodes`; `is_first` of the run.
+    def _follow(self, batch: Batch, shape: BatchShape, started_ns: int, ends_ns: Sequence[int]) -> int:
+        """Makes batches that follow each other from `started_ns` on: asks and tells whoever has to be asked and told.
 
-        False: something changed, and the next batch must be made as in a single step.
+        `batch` says how they run; the first one has this shape. Returns how many were made: fewer if something changed,
+        and the next batch must be made as in a single step.
         """
-        return True
+        num_batches = self._agree(batch, shape, started_ns, ends_ns)
+        self._observer.continued(started_ns, ends_ns[:num_batches])
+        return num_batches
+
+    def _agree(self, batch: Batch, shape: BatchShape, started_ns: int, ends_ns: Sequence[int]) -> int:  # noqa: ARG002
+        """The part of `_follow` that somebody else has a say in. Here: nobody."""
+        return len(ends_ns)
 
     # ---- what is certain ----
 
@@ -146,7 +143,9 @@ class RunScheduler(Scheduler):
         """Whether nobody can be admitted: None if somebody can be now, False as long as the memory stays as it is."""
         adapters, held_adapters = self._memory.adapters, set[str]()
         for request in self.waiting:
-            if len(self.running) + len(self._draining) >= self._config.max_num_seqs:
+            if self.speculation.request is not None:
+                return None
+            if self.num_seqs >= self._config.max_num_seqs:
                 return True
             if request.request_id in self._waits_for:
                 continue
@@ -166,11 +165,13 @@ class RunScheduler(Scheduler):
         return 2 * len(self._decoding) * (num_new // size + 2) <= self._memory.num_available_blocks
 
 
-class _Shapes:
-    """The batches of a run as a controller sees them: the shape of each, and a batch that runs like it."""
+class _Following:
+    """The batches of a run behind the first one as a controller sees them: how each runs, and its shape."""
 
-    def __init__(self, plan: DecodePlan) -> None:
+    def __init__(self, plan: DecodePlan, num_steps: int) -> None:
         self._batches = plan.batches
+        self._num_steps = num_steps
+        self.depth = len(plan.batches)
         last = plan.batches[-1]
         # What a controller wants to know is how a batch ran. Its chunks may be those of a batch before it.
         is_alike = last.partition == plan.partition and last.co_running == plan.co_running
@@ -180,9 +181,13 @@ class _Shapes:
         shape = plan.batches[0].shape
         self._num_decodes, self._context = shape.num_decodes, shape.num_decode_context
 
+    def stop(self, step: int, limit: int) -> int:
+        """The first step behind `step`, from 0, whose batch may run in another way; at most `limit`."""
+        return min(limit, self.depth if step < self.depth else self._num_steps, self._num_steps)
+
     def of(self, step: int) -> tuple[Batch, BatchShape]:
         """The batch that ends with `step`, from 0."""
-        batch = self._batches[step] if step < len(self._batches) else self._following
+        batch = self._batches[step] if step < self.depth else self._following
         num_decodes = self._num_decodes
         return batch, BatchShape(num_decodes, self._context + num_decodes * step, num_samples=num_decodes)
 
@@ -202,7 +207,10 @@ class _Growth:
         self._specs = [chunk.sample for chunk in head.chunks]
         self._tokens = tokens
         self._before = [len(request.token_ids) for request in requests]
-        self._depth = depth
+        self.depth = depth
+        self._free_and_cached = memory.num_free_blocks, memory.num_cached_blocks
+        self.occupancy: list[tuple[int, int, int]] = []
+        """See `DecodeRun.occupancy`."""
         self._publish_at: list[int] = []
         self._extend_at: list[int] = []
         for request in requests:
@@ -215,6 +223,17 @@ class _Growth:
     def num_wanted(self, step: int) -> int:
         """Blocks that the batch behind this step needs."""
         return sum([at <= step for at in self._extend_at]) if step >= self.next_step else 0
+
+    def catch_up(self, num_steps: int) -> None:
+        """Publishes and takes blocks for all steps before the last one of `num_steps`: a batch has followed each."""
+        memory = self._memory
+        while (step := self.next_step) < num_steps:
+            self.publish(step)
+            self.extend(step)
+            now = memory.num_free_blocks, memory.num_cached_blocks
+            if now != self._free_and_cached:
+                self._free_and_cached = now
+                self.occupancy.append((step - 1, *now))
 
     def publish(self, step: int) -> None:
         """Books computed blocks."""
@@ -233,7 +252,7 @@ class _Growth:
         for index, at in enumerate(self._extend_at):
             if at <= step:
                 request_id = self._requests[index].request_id
-                has_room = self._memory.extend(request_id, self._before[index] + step + self._depth - 1)
+                has_room = self._memory.extend(request_id, self._before[index] + step + self.depth - 1)
                 assert has_room, "the blocks of a run were counted wrong"
                 self._extend_at[index] += size
         self.next_step = min(*self._publish_at, *self._extend_at)
@@ -246,7 +265,7 @@ class _Growth:
             before = self._before[index]
             request.num_computed_tokens = before + num_steps - 1
             request.last_token_ns = now_ns
-            request.in_flight = self._depth > 1
+            request.in_flight = self.depth > 1
             self._memory.commit(request.request_id, request.token_ids, request.num_computed_tokens)
             found.append(tuple(request.token_ids[before:]))
         return tuple(found)

@@ -7,13 +7,15 @@ It never pretends: `Capabilities.simulated` is set, and the daemon says so every
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from agentserve.config import LoraConfig, TieringConfig
 from agentserve.core.adapters import TransferOrder
-from agentserve.core.batch import Batch, BatchOutput, Lane, SampleSpec, TokenSample
+from agentserve.core.batch import Batch, BatchOutput, BatchShape, Lane, SampleSpec, TokenSample
 from agentserve.core.costmodel import CostModel
 from agentserve.core.decode_run import DecodePlan
 from agentserve.core.executor import Capabilities, Completion
@@ -139,13 +141,19 @@ class SimulatedExecutor:
         ]
         limit_ns = min(limits, default=None)
         ends = [output.finished_ns for output in decodes]
-        shape = plan.batches[-1].shape
-        durations = self._cost_model.decode_durations(shape, plan.partition, plan.co_running)
-        while len(ends) < num_steps and (limit_ns is None or ends[-1] < limit_ns):
-            ends.append(ends[-1] + next(durations))
+        num_more = num_steps - len(ends)
+        last = plan.batches[-1].shape
+        shape = BatchShape(last.num_decodes, last.num_decode_context + last.num_decodes, num_samples=last.num_decodes)
+        if limit_ns is not None and num_more > 0:
+            # Batches grow longer with their context, so no more of them can end before the limit.
+            shortest_ns = self._cost_model.decode_durations(shape, plan.partition, plan.co_running, 1)[0]
+            num_more = min(num_more, max(0, limit_ns - ends[-1]) // max(1, shortest_ns))
+        if num_more > 0:
+            durations = self._cost_model.decode_durations(shape, plan.partition, plan.co_running, num_more)
+            ends = [*ends[:-1], *accumulate(durations, initial=ends[-1])]
         del ends[num_steps:]
-        while limit_ns is not None and ends and ends[-1] >= limit_ns:
-            ends.pop()
+        if limit_ns is not None:
+            del ends[bisect_left(ends, limit_ns) :]
         return decodes[0].started_ns, ends
 
     def decoded_tokens(self, spec: SampleSpec, skip: int, count: int) -> list[int]:
@@ -191,7 +199,9 @@ class SimulatedExecutor:
             block_ids = chunk.block_ids
             if self._checked.get(chunk.request_id) is block_ids:  # the control plane keeps the tuple until it changes
                 continue
-            if min(block_ids) < 0 or max(block_ids) >= self._capabilities.num_blocks:
+            # Blocks of a request stay as they are, and others come behind them.
+            fresh = block_ids[len(self._checked.get(chunk.request_id, ())) :] or block_ids[-1:]
+            if min(fresh) < 0 or max(fresh) >= self._capabilities.num_blocks:
                 return f"request {chunk.request_id} has a block id outside the pool"
             self._checked[chunk.request_id] = block_ids
         return None

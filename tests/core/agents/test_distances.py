@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from agentserve.config import EngineConfig, TierConfig, TieringConfig
 from agentserve.core.agents.distances import DistanceBook
-from agentserve.core.agents.policies.invocation_distance import InvocationDistance
-from agentserve.core.agents.policy import PlaceAdapter
+from agentserve.core.agents.policies.invocation_distance import MAX_MOVES, PATIENCE_NS, InvocationDistance
+from agentserve.core.agents.policy import PlaceAdapter, Rescore, TurnEvent, TurnKind
 from agentserve.core.agents.registry import AgentRegistry, Session
 from agentserve.core.decision_log import describe
 from agentserve.core.events import SetDistances, TokenGenerated
 from agentserve.core.memory.eviction import EvictionOrder, Rank
 from agentserve.core.memory.sharing import MAX_USERS, UserGroup
+from agentserve.core.request import Request, SamplingParams
 from agentserve.core.transfers import Transfer, TransferKind
 from agentserve.errors import ConfigError
 from agentserve.runtime.live import Recorder
@@ -37,14 +38,18 @@ def session(name: str) -> Session:
     return registry.open(name, name, None, 0, EvictionOrder().new_group((Rank.PRIVATE,)))[0]
 
 
+def put(book: DistanceBook, name: str, distance: float, *, relative: bool = False) -> bool:
+    return bool(book.tell([(name, distance)], relative=relative))
+
+
 def test_distances_are_set_changed_and_used_up() -> None:
     book, anna = DistanceBook(), session("anna")
     assert math.isinf(book.distance("anna"))
-    assert not book.set("anna", -1, relative=True)  # nothing is known that could change
-    assert book.set("anna", 5) and book.distance("anna") == 5
-    assert book.set("anna", -2, relative=True) and book.distance("anna") == 3
-    assert book.set("anna", -7, relative=True) and book.distance("anna") == 0
-    book.set("anna", 4)
+    assert not put(book, "anna", -1, relative=True)  # nothing is known that could change
+    assert put(book, "anna", 5) and book.distance("anna") == 5
+    assert put(book, "anna", -2, relative=True) and book.distance("anna") == 3
+    assert put(book, "anna", -7, relative=True) and book.distance("anna") == 0
+    put(book, "anna", 4)
     book.began("anna", anna)
     assert book.distance("anna") == 0
     book.ended("anna", 2.5)
@@ -58,7 +63,7 @@ def test_what_is_said_during_a_call_holds_after_it() -> None:
     book, anna = DistanceBook(), session("anna")
     book.began("anna", anna)
     book.began("anna", anna)
-    book.set("anna", 6)
+    put(book, "anna", 6)
     assert book.distance("anna") == 0
     book.ended("anna", 1)
     assert book.distance("anna") == 0  # one of two calls is open
@@ -69,7 +74,7 @@ def test_what_is_said_during_a_call_holds_after_it() -> None:
 def test_a_call_moves_the_others_nearer_but_nobody_past_his_turn() -> None:
     book = DistanceBook()
     for name, distance in (("a", 1), ("b", 1), ("c", 3), ("d", 9)):
-        book.set(name, distance)
+        put(book, name, distance)
     book.began("a", session("a"))
     assert [book.distance(name) for name in "bcd"] == [0, 2, 8]
     book.began("b", session("b"))  # the second one of the same step: nothing more has passed
@@ -81,6 +86,13 @@ def test_a_call_moves_the_others_nearer_but_nobody_past_his_turn() -> None:
     assert book.distance("a") == 2
 
 
+def open_call(policy: InvocationDistance, found: Session, sequence: int) -> None:
+    request = Request(f"r{sequence}", (1,), SamplingParams(max_tokens=1), 0, sequence)
+    request.order_key = policy.order_key(found, request, 0)
+    found.num_waiting += 1
+    policy.observe(TurnEvent(TurnKind.SUBMITTED, found, request, 0))
+
+
 def test_the_farthest_goes_first_then_who_was_used_longest_ago_and_open_calls_never() -> None:
     policy = InvocationDistance(2.0)
     keys = {}
@@ -89,10 +101,14 @@ def test_the_farthest_goes_first_then_who_was_used_longest_ago_and_open_calls_ne
         found.last_used_ns = last_used
         policy.set_distances(SetDistances(((name, distance),)), 0)
         keys[name] = policy.score(found, 0)
-    unknown, active = session("unknown"), session("active")
-    active.num_running = 1
-    keys |= {"unknown": policy.score(unknown, 0), "active": policy.score(active, 0)}
-    assert sorted(keys, key=lambda name: keys[name]) == ["unknown", "farther", "old", "far", "near", "active"]
+    keys["unknown"] = policy.score(session("unknown"), 0)
+    for sequence, name in enumerate(("first", "second")):
+        found = session(name)
+        open_call(policy, found, sequence)
+        keys[name] = policy.score(found, 0)
+    # Of the open calls the one that is served last gives up its memory first.
+    order = ["unknown", "farther", "old", "far", "near", "second", "first"]
+    assert sorted(keys, key=lambda name: keys[name]) == order
 
 
 def loads(results: list[Any]) -> list[Transfer]:
@@ -313,11 +329,82 @@ def test_an_adapter_is_as_near_as_the_nearest_agent_that_uses_it() -> None:
         policy.book.ended(found.session_id, None)
     policy.set_distances(SetDistances((("anna", 5.0), ("bert", 3.0))), 0)
     assert [a for a in policy.act(0) if isinstance(a, PlaceAdapter)] == [
-        PlaceAdapter("both", 6.0, False),  # positions: distances from 1.0 on
+        PlaceAdapter("both", 4.0, False),  # positions: distances from 1.0 on; the nearest agent comes first
         PlaceAdapter("both", 4.0, False),
     ]
     policy.set_distances(SetDistances((("bert", 9.0), ("anna", 1.0))), 0)
-    assert [a for a in policy.act(0) if isinstance(a, PlaceAdapter)] == [
-        PlaceAdapter("both", 6.0, False),
-        PlaceAdapter("both", 2.0, True),
+    assert [a for a in policy.act(0) if isinstance(a, PlaceAdapter)] == [PlaceAdapter("both", 2.0, True)] * 2
+
+
+def test_a_world_that_steps_by_one_changes_nothing() -> None:
+    book = DistanceBook()
+    world = [(f"a{index}", float(1 + index % 7)) for index in range(70)]
+    assert len(book.tell(world)) == 70
+    book.began("a0", session("a0"))  # one step has passed
+    assert book.tell([(name, distance - 1) for name, distance in world[1:]]) == []
+    assert book.tell([("a1", 3.0), ("a2", 2.0)]) == [(5.0, "a1")]  # 1 + 1 has been reached; a2 is where it was
+
+
+def test_many_agents_are_placed_in_several_steps_the_nearest_first() -> None:
+    policy, sessions = InvocationDistance(2.0), {}
+    for index in range(2 * MAX_MOVES + 1):
+        found = sessions[f"a{index}"] = session(f"a{index}")
+        policy.book.began(f"a{index}", found)
+        policy.book.ended(f"a{index}", None)
+    policy.set_distances(SetDistances(tuple((name, float(9 - int(name[1:]))) for name in sessions)), 0)
+    placed = []
+    while policy.is_behind:
+        actions = [a for a in policy.act(0) if isinstance(a, Rescore)]
+        assert 1 <= len(actions) <= MAX_MOVES
+        placed += [action.session.session_id for action in actions]
+    assert placed == [f"a{index}" for index in range(2 * MAX_MOVES, -1, -1)]
+    assert list(policy.act(0)) == []
+
+
+def test_an_engine_comes_back_at_once_until_all_agents_are_placed() -> None:
+    driver = virtual(num_blocks=200, policy="invocation_distance")
+    names = [chr(ord("a") + index) for index in range(2 * MAX_MOVES)]
+    for index, name in enumerate(names):
+        call(driver, name, 100 * index)
+    play(driver)
+    tell(driver, 5000, **{name: 1.0 + index for index, name in enumerate(names)})
+    times = []
+    while (result := driver.step()) is not None:
+        driver.core.check_invariants()
+        times.append(driver.clock.now_ns())
+        assert not result.batches
+    assert times == [5000 * MS, 5000 * MS]
+    groups = [driver.core.agents.registry.sessions[name].blocks.group for name in names]
+    assert [group.key[1] for group in groups] == sorted((group.key[1] for group in groups), reverse=True)
+
+
+def test_calls_whose_memory_is_there_go_first_but_not_for_ever() -> None:
+    # 9 blocks: h and e have 4 each on the device, g and d theirs below. All call at once, one runs at a time.
+    driver = eight_five_seven_four(prefetch_distance=0.0)
+    for name in "gdeh":
+        call(driver, name, 1000)
+    results = play(driver)
+    ended = sorted(finished(results).values(), key=lambda event: event.at_ns)
+    assert [event.request_id[0] for event in ended if event.at_ns > 1000 * MS] == ["e", "h", "g", "d"]
+    policy = InvocationDistance(2.0)
+    on_device = driver.core.agents.registry.sessions["d"]
+    keys = [
+        policy.order_key(session("below"), Request("r0", (1,), SamplingParams(max_tokens=1), 0, 0), 0),
+        policy.order_key(on_device, Request("r1", (1,), SamplingParams(max_tokens=1), 0, 1), PATIENCE_NS - 1),
+        policy.order_key(on_device, Request("r2", (1,), SamplingParams(max_tokens=1), 0, 2), PATIENCE_NS + 1),
     ]
+    assert keys[1] < keys[0] < keys[2]
+
+
+def test_a_prefetch_takes_what_the_calls_that_wait_leave() -> None:
+    # One call runs, for 9 ms, the next one waits for it: of 9 blocks the two need 10, so g gets none yet.
+    driver = eight_five_seven_four(prefetch_distance=7.5)
+    call(driver, "e", 1000)
+    call(driver, "d", 1000)
+    tell(driver, 1000, g=1, h=8)
+    results = play(driver, 1009)
+    first = min(transfer.transfer_id for transfer in loads(results))
+    started = next(result for result in results if first in {t.transfer_id for t in result.transfers})
+    assert finished([started]).keys() == {"e/1000"}  # what is loaded then is for d
+    play(driver, 1200)
+    assert cached(driver, "g") == 16

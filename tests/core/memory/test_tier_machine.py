@@ -45,11 +45,10 @@ class TierMachine(RuleBasedStateMachine):
         most=st.sampled_from([1, 2, 64]),
         cost=st.sampled_from(COSTS),
         size=st.sampled_from([1, 2]),
+        names=st.sampled_from([("host", "cxl"), ("host", "disk"), ("disk",)]),
     )
-    def start(self, num_blocks, slots, write_back, most, cost, size) -> None:
-        tiers = tuple(
-            TierConfig(name, count, 1e9, 1e9, 10) for name, count in zip(("host", "cxl"), slots, strict=False)
-        )
+    def start(self, num_blocks, slots, write_back, most, cost, size, names) -> None:
+        tiers = tuple(TierConfig(name, count, 1e9, 1e9, 10) for name, count in zip(names, slots, strict=False))
         tiering = TieringConfig(100, tiers, write_back, most)
         self.size = size
         self.memory = MemoryManager(num_blocks, size, tiering=tiering, recompute_ns=cost)
@@ -172,6 +171,12 @@ class TierMachine(RuleBasedStateMachine):
         self.memory.unlock(self.locks.pop(data.draw(st.sampled_from(sorted(self.locks))))[0])
 
     # ---- copies ----
+
+    @rule()
+    def flush(self) -> None:
+        """As at the end of a daemon, but it goes on."""
+        self.memory.flush()
+        self._start_transfers()
 
     def _start_transfers(self) -> None:
         for transfer in self.memory.start_transfers():

@@ -9,11 +9,17 @@ import math
 from collections.abc import Iterable
 from typing import ClassVar
 
-from agentserve.core.agents.distances import DistanceBook
+from agentserve.core.agents.distances import DistanceBook, Place, add_places
 from agentserve.core.agents.policy import Action, PlaceAdapter, Policy, Prefetch, Rescore, TurnEvent, TurnKind
 from agentserve.core.agents.registry import Session
 from agentserve.core.events import SetDistances
 from agentserve.core.memory.eviction import Key
+from agentserve.core.request import Request
+
+PATIENCE_NS = 1_000_000_000
+"""A call whose memory has to be loaded lets those go first whose memory is there, if they come within this time."""
+MAX_MOVES = 4
+"""Agents that are placed anew in one step of the engine; the others follow at once, the nearest ones first."""
 
 
 class InvocationDistance(Policy):
@@ -22,6 +28,11 @@ class InvocationDistance(Policy):
     An agent below the threshold whose blocks are in a lower tier is loaded, into free memory or in place of agents that
     are farther away (section 4.3 of the paper). The same for its LoRA adapter. Agents without a distance go before all
     others, and among themselves those used longest ago.
+
+    The paper does not say what happens when more calls are open than there is memory for. Here those go first whose
+    memory is on the device: in first come, first served the first call without memory would take that of a call behind
+    it, which then has to be loaded, too. And of the open calls that wait, the last one in this order gives up its
+    memory first.
     """
 
     name: ClassVar[str] = "invocation_distance"
@@ -31,79 +42,118 @@ class InvocationDistance(Policy):
         """`threshold`: distances below it are near enough to load; 0: nothing is loaded before a call needs it."""
         self.book = DistanceBook()
         self._threshold = threshold
-        self._crossing: list[tuple[float, str]] = []
-        """A heap of the positions of agents that were too far to load when they were told."""
+        self._moved: list[Place] = []
+        """A heap of agents that are somewhere else than the memory knows."""
+        self._crossing: list[Place] = []
+        """A heap of agents that were too far to load when the memory was told."""
         self._actions: list[Action] = []
-        self._users: dict[str, list[tuple[float, str]]] = {}
-        """Adapter: a heap of positions of agents that use it."""
+        self._open: dict[Session, Key] = {}
+        """What the blocks of sessions are worth whose calls are open."""
+        self._users: dict[str, list[Place]] = {}
+        """Adapter: a heap of the agents that use it."""
 
     # ---- what happens ----
 
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
-        for agent, distance in command.agents:
-            if self.book.set(agent, distance, relative=command.relative):
-                self._changed(agent)
+        add_places(self._moved, self.book.tell(command.agents, relative=command.relative))
 
     def observe(self, event: TurnEvent) -> None:
         session, agent = event.session, agent_of(event.session)
         if event.kind is TurnKind.SUBMITTED:
             self.book.began(agent, session)
-            self._rate_adapter(session)
+            request = event.request
+            place = (request.priority, *request.order_key, request.sequence)
+            self._open.setdefault(session, (math.inf, *(-number for number in place)))
+            if session.adapter is not None:
+                self._rate_adapter(session.adapter)
         elif event.kind is TurnKind.FINISHED:
-            self.book.ended(agent, session.next_distance)
-            self._changed(agent)
-
-    def _changed(self, agent: str) -> None:
-        """An agent is somewhere else; what its open calls need is held anyway."""
-        position = self.book.position(agent)
-        for session in self.book.sessions_of(agent):
             if session.is_idle:
-                self._actions.append(Rescore(session))
-                self._rate_adapter(session)
-                if self._is_near(position):
-                    self._actions.append(Prefetch(session, position))
-        if not self._is_near(position) and math.isfinite(position):
-            heapq.heappush(self._crossing, (position, agent))
+                self._open.pop(session, None)
+            here = self.book.ended(agent, session.next_distance)
+            if here is not None:
+                self._place(here, scored=session)
 
     # ---- what follows from it ----
 
     def score(self, session: Session, now_ns: int) -> Key:
-        if not session.is_idle:
-            return (math.inf, session.last_used_ns)
-        return (-self.book.position(agent_of(session)), session.last_used_ns)
+        key = self._open.get(session)
+        return key or (-self.book.position(agent_of(session)), session.last_used_ns)
+
+    def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
+        return (now_ns if is_on_device(session) else now_ns + PATIENCE_NS,)
 
     def wants_prefetch(self, session: Session) -> bool:
         return self._is_near(self.book.position(agent_of(session)))
 
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._moved) or self._has_crossed()
+
     def act(self, now_ns: int) -> Iterable[Action]:
-        # The point that has been reached may have moved: who was far is near now, at the same position.
-        while self._crossing and self._is_near(self._crossing[0][0]):
-            position, agent = heapq.heappop(self._crossing)
-            if self.book.position(agent) == max(position, self.book.reached):
-                self._changed(agent)
+        for _ in range(MAX_MOVES):
+            if not self._place_next():
+                break
         if not self._actions:
             return ()
         actions, self._actions = self._actions, []
         return actions
 
+    def _place_next(self) -> bool:
+        """Tells the memory of the nearest agent that has moved, or is near now; whether there was one."""
+        while self._moved:
+            place = heapq.heappop(self._moved)
+            if self.book.is_at(place) and self.book.sessions_of(place[1]):
+                self._place(place)
+                return True
+        # The point that has been reached may have moved: who was far is near now, at the same position.
+        while self._has_crossed():
+            place = heapq.heappop(self._crossing)
+            if self.book.is_at(place):
+                self._approach(place)
+                return True
+        return False
+
+    def _place(self, place: Place, scored: Session | None = None) -> None:
+        """Tells the memory where an agent without open calls is. `scored`: the session of which it knows."""
+        for session in self.book.sessions_of(place[1]):
+            if session is not scored:
+                self._actions.append(Rescore(session))
+            if session.adapter is not None:
+                self.book.push(self._users.setdefault(session.adapter, []), place)
+        self._approach(place)
+
+    def _approach(self, place: Place) -> None:
+        """Lets an agent be loaded that is near, now or when it is."""
+        is_near = self._is_near(place[0])
+        for session in self.book.sessions_of(place[1]):
+            if session.adapter is not None:
+                self._rate_adapter(session.adapter)
+            if is_near:
+                self._actions.append(Prefetch(session, max(place[0], self.book.reached)))
+        if not is_near:
+            self.book.push(self._crossing, place)
+
+    def _has_crossed(self) -> bool:
+        return bool(self._crossing) and self._is_near(self._crossing[0][0])
+
     def _is_near(self, position: float) -> bool:
         return position - self.book.reached < self._threshold
 
-    def _rate_adapter(self, session: Session) -> None:
+    def _rate_adapter(self, adapter: str) -> None:
         """An adapter is as near as the nearest of the agents that use it."""
-        adapter, agent = session.adapter, agent_of(session)
-        if adapter is None:
-            return
-        users = self._users.setdefault(adapter, [])
-        position = self.book.position(agent)
-        if math.isfinite(position):
-            heapq.heappush(users, (position, agent))
-        while users and self.book.position(users[0][1]) != max(users[0][0], self.book.reached):
+        users = self._users.get(adapter, [])
+        while users and not self.book.is_at(users[0]):
             heapq.heappop(users)
-        nearest = users[0][0] if users else math.inf
+        nearest = max(users[0][0], self.book.reached) if users else math.inf
         self._actions.append(PlaceAdapter(adapter, nearest, self._is_near(nearest)))
 
 
 def agent_of(session: Session) -> str:
     """The name by which distances are told: the agent's, else the session's."""
     return session.agent_id or session.session_id
+
+
+def is_on_device(session: Session) -> bool:
+    """Whether at least half of what a session used last is still on the device: the end of a path is evicted first."""
+    path = session.blocks.path
+    return bool(path) and path[len(path) // 2].is_in_tree

@@ -78,6 +78,10 @@ class MinWaste(Policy):
         if event.kind is TurnKind.FINISHED and session.is_idle:
             self._decide(session, event.at_ns)
 
+    def tool_called(self, session: Session, now_ns: int) -> None:
+        self._given_up.discard(session)
+        self._decide(session, now_ns)
+
     def _decide(self, session: Session, now_ns: int) -> None:
         forecast = self.predict(session, now_ns)
         if forecast is None:
@@ -87,6 +91,8 @@ class MinWaste(Policy):
         # Copies run beside the computation, so all that they cost is the memory of what is on its way.
         swap = math.inf if self._swap_ns is None else self._swap_ns(context) * context
         preserve = preserve_waste(gap_ns, context)
+        if session.pinned_until_ns is not None:
+            self._actions.append(Pin(session, now_ns))  # as was decided before the tool was known
         if math.isfinite(gap_ns) and preserve <= min(discard, swap):
             self._actions.append(Pin(session, math.ceil(forecast.next_use_ns)))
         elif math.isfinite(gap_ns) and swap < discard:

@@ -7,52 +7,73 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
-from weakref import WeakKeyDictionary
 
-from agentserve.core.agents.policy import Action, Policy, Prefetch, Rescore, RescoreAnchor, TurnEvent, TurnKind
+from agentserve.core.agents.answers import AnswerReuse
+from agentserve.core.agents.policy import (
+    Action,
+    Policy,
+    Prefetch,
+    Rate,
+    RescoreAnchor,
+    Supersede,
+    TurnEvent,
+    TurnKind,
+)
 from agentserve.core.agents.registry import Program, Session
-from agentserve.core.agents.transitions import Transitions, survival
+from agentserve.core.agents.returns import NO_INDICES, Progress, Returns
+from agentserve.core.agents.transitions import Transitions
 from agentserve.core.memory.eviction import Key, Rank
+from agentserve.core.request import Request
 
-FLOOR = 0.05
-"""delta of equation 9: what is not expected is worth this much of what is used now."""
-DECAY = 0.01
-"""lambda of equation 9, for each call that any agent makes."""
+FLOOR = 0.02
+"""delta of equation 9: what is not expected is worth this much of what is needed next."""
+DECAY = 0.1
+"""lambda of equation 9, for each round: as many calls as there are tasks."""
 MIN_ENTROPY_REDUCTION = 0.3
 """R_min of equation 11: below it nothing is loaded beforehand. Random routing has about 0.1, a selector 0.5."""
+MAX_HOPS = 5
+"""E_max of equation 8: an anchor that is so many calls away, or more, is not expected."""
 MAX_TASKS = 1024
 _PATIENCE = 4
 """A task without a call for so many calls of each other one is over as far as predictions go."""
 _MIN_TASKS = 8
-_MAX_SESSIONS = 32
+_MAX_SESSIONS = 16
 """Of one task that are rated anew when it moves on."""
 _NO_HOPS: Mapping[str, int] = MappingProxyType({})
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Task:
     """Where a task stands."""
 
     agent: str
     """Whose call came last."""
-    last_call: int
+    last_call: int = 0
+    last_round: float = 0.0
+    progress: Progress = field(default_factory=Progress)
+    indices: Mapping[str, float] = field(default_factory=lambda: NO_INDICES)
+    """What the memory of each agent is worth to it."""
     hops: Mapping[str, int] = field(default_factory=lambda: _NO_HOPS)
-    """How far each agent is from that one."""
+    """How many calls away each agent is, in effect."""
     sessions: dict[str, Session] = field(default_factory=dict)
     """By agent."""
 
 
 class Transition(Policy):
-    """Survival of an agent's blocks times their recency, equation 9: in a session by where its own task stands, for an
-    anchor by the nearest of all tasks.
+    """An agent's blocks are worth their chance of being used per call for which they stay, and less with each round in
+    which their task was silent (equation 9): in a session by where its own task stands, for an anchor by the nearest
+    of all tasks. How far that is was measured: see `returns`.
 
-    The logarithm of `(survival + FLOOR) * exp(-DECAY * age)` is `ln(survival + FLOOR) + DECAY * last_call`, less the
-    same number for all. So a key stays what it is until something happens to the task. (The paper also adds a floor to
+    The logarithm of `(index + FLOOR) * exp(-DECAY * age)` is `ln(index + FLOOR) + DECAY * last_round`, less the same
+    number for all. So a key stays what it is until something happens to the task. (The paper also adds a floor to
     the second factor, with which the order would change with time alone; and blocks are all of one size here.)
+
+    What is known goes before what is predicted. What a call needs that waits stays; the history of tasks that have
+    ended goes first, and before that the answers of agents whose next prompts did not go on with their answers.
 
     Anchors outlive private history, whatever their scores. An anchor that no task can
     reach is protected for `_PATIENCE` calls of each task, and competes with private history after that.
@@ -65,49 +86,65 @@ class Transition(Policy):
         """Makes one that knows nothing.
 
         Args:
-            predicts: False leaves the recency only, with anchors for each agent.
+            predicts: False leaves the recency instead of the chances, with all that is known.
             prefetches: load the history of the most likely agent from lower tiers between two calls of a task.
         """
         self.transitions = Transitions()
+        self.returns = Returns()
         self._predicts = predicts
         self._prefetches = predicts and prefetches
         self._num_calls = 0
+        self._round = 0.0
         self._tasks: OrderedDict[Program, _Task] = OrderedDict()
         """By their last call."""
-        self._reach: dict[str, Counter[int]] = {}
+        self._reach: dict[str, list[int]] = {}
         """For each agent how many tasks are how many hops away from it."""
         self._last_call: OrderedDict[str, int] = OrderedDict()
         """Of agents whose anchors are protected."""
-        self._calls: MutableMapping[Session, int] = WeakKeyDictionary()
-        """The number of each session's last call."""
+        self._waiting: dict[str, str] = {}
+        """Calls that wait, and their agents."""
+        self._num_waiting: Counter[str] = Counter()
+        self._answers = AnswerReuse()
         self._actions: list[Action] = []
+        self._moved: dict[_Task, None] = {}
+        """Tasks whose sessions are worth something else now, in order."""
+        self._anchors: dict[str, None] = {}
+        """The same for agents' anchors."""
 
     def observe(self, event: TurnEvent) -> None:
-        session = event.session
+        session, request = event.session, event.request
         agent = session.agent_key or session.session_id
         if event.kind is TurnKind.SUBMITTED:
+            self._answers.asked(session, agent, request)
+            self._wait(request, agent)
             self._called(session, agent)
-        elif event.kind is TurnKind.FINISHED and session.program in self._tasks:
-            if session.is_last_turn:
-                self._end(session.program)
-            elif self._prefetches:
-                self._warm(self._tasks[session.program])
+        elif event.kind is TurnKind.PREEMPTED:
+            self._wait(request, agent)
+        else:
+            self._wait_no_more(request)
+            if event.kind is TurnKind.FINISHED:
+                self._finished(session, agent, request)
 
     def score(self, session: Session, now_ns: int) -> Key:
-        recency = DECAY * self._calls.get(session, 0)
-        if not self._predicts:
-            return (recency,)
+        if session.num_waiting:
+            return (math.inf,)
         task = self._tasks.get(session.program)
-        hops = None if task is None else task.hops.get(session.agent_key or session.session_id)
-        return (math.log(survival(hops) + FLOOR) + recency,)
+        if task is None:
+            return (-math.inf, session.last_used_ns)
+        if not self._predicts:
+            return (session.last_used_ns,)
+        index = task.indices.get(session.agent_key or session.session_id, 0.0)
+        return (math.log(index + FLOOR) + DECAY * task.last_round, session.last_used_ns)
 
     def score_anchor(self, agent: str, now_ns: int) -> Key:
-        recency = DECAY * self._last_call.get(agent, 0)
+        if self._num_waiting[agent]:
+            return (Rank.SHARED, math.inf)
+        last_call = self._last_call.get(agent, 0)
         if not self._predicts:
-            return (Rank.SHARED, recency)
-        reach = self._reach.get(agent)
+            return (Rank.SHARED, last_call)
+        hops = _nearest(self._reach.get(agent))
         rank = Rank.SHARED if agent in self._last_call else Rank.PRIVATE
-        return (rank, math.log(survival(min(reach) if reach else None) + FLOOR) + recency)
+        return (rank, -(MAX_HOPS if hops is None else hops), last_call)
 
     def wants_prefetch(self, session: Session) -> bool:
         task = self._tasks.get(session.program)
@@ -115,54 +152,90 @@ class Transition(Policy):
 
     def act(self, now_ns: int) -> Iterable[Action]:
         actions, self._actions = self._actions, []
+        if self._moved:
+            # What is not in the cache is rated when it comes: that is an event of its own, or a prefetch.
+            everything = self._prefetches
+            sessions = [
+                s for task in self._moved for s in task.sessions.values() if everything or s.blocks.group.num_cached
+            ]
+            actions.append(Rate(tuple((session, self.score(session, now_ns)) for session in sessions)))
+            self._moved.clear()
+        if self._anchors:
+            actions += map(RescoreAnchor, self._anchors)
+            self._anchors.clear()
         return actions
 
-    # ---- where tasks stand ----
+    # ---- what happens ----
+
+    def _wait(self, request: Request, agent: str) -> None:
+        self._waiting[request.request_id] = agent
+        self._num_waiting[agent] += 1
+        self._anchors[agent] = None
+
+    def _wait_no_more(self, request: Request) -> None:
+        agent = self._waiting.pop(request.request_id, None)
+        if agent is not None:
+            self._num_waiting[agent] -= 1
+            if not self._num_waiting[agent]:
+                del self._num_waiting[agent]
+                self._anchors[agent] = None
 
     def _called(self, session: Session, agent: str) -> None:
         self._num_calls += 1
-        self._calls[session] = self._num_calls
+        self._round += 1.0 / max(1, len(self._tasks))
         self._last_call[agent] = self._num_calls
         self._last_call.move_to_end(agent)
-        self._actions.append(RescoreAnchor(agent))
-        if not self._predicts:
-            return
         task = self._tasks.get(session.program)
         if task is None:
-            task = self._tasks[session.program] = _Task(agent, self._num_calls)
-        else:
+            task = self._tasks[session.program] = _Task(agent)
+        elif self._prefetches:
             self.transitions.add(task.agent, agent)
-        task.agent, task.last_call = agent, self._num_calls
+        task.agent, task.last_call, task.last_round = agent, self._num_calls, self._round
         self._tasks.move_to_end(session.program)
         task.sessions[agent] = session
         if len(task.sessions) > _MAX_SESSIONS:
             del task.sessions[next(iter(task.sessions))]
-        self._move(task, self.transitions.hops_from(agent))
+        if self._predicts:
+            self.returns.called(task.progress, agent)
+            self._move(task, task.progress.indices)
         self._clean_up()
 
-    def _move(self, task: _Task, hops: Mapping[str, int]) -> None:
-        """Books that a task is at other distances from the agents now."""
-        old, task.hops = task.hops, hops
-        if old is hops:
+    def _finished(self, session: Session, agent: str, request: Request) -> None:
+        task = self._tasks.get(session.program)
+        if not self._answers.come_back(agent):
+            self._actions.append(Supersede(session, request.num_prompt_tokens))
+        self._answers.answered(session, request)
+        if task is None:
             return
-        for agent in {**old, **hops}:
-            before, after = old.get(agent), hops.get(agent)
-            if before == after:
-                continue
-            reach = self._reach.setdefault(agent, Counter())
-            nearest = min(reach, default=None)
-            if after is not None:
-                reach[after] += 1
-            if before is not None:
-                reach[before] -= 1
-                if not reach[before]:
-                    del reach[before]
-            if min(reach, default=None) != nearest:
-                self._actions.append(RescoreAnchor(agent))
-            if not reach:
-                del self._reach[agent]
-            if agent in task.sessions:
-                self._actions.append(Rescore(task.sessions[agent]))
+        if session.is_last_turn:
+            self._end(session.program)
+        elif self._prefetches:
+            self._warm(task)
+
+    # ---- where tasks stand ----
+
+    def _move(self, task: _Task, indices: Mapping[str, float]) -> None:
+        """Books that the agents' memory is worth something else to a task now."""
+        task.indices = indices
+        self._moved[task] = None
+        old = task.hops
+        task.hops = new = _hops(indices)
+        for agent, hops in old.items():
+            if new.get(agent) != hops:
+                self._count(agent, hops, -1)
+        for agent, hops in new.items():
+            if old.get(agent) != hops:
+                self._count(agent, hops, 1)
+
+    def _count(self, agent: str, hops: int, change: int) -> None:
+        """One task more or less is so far from an agent."""
+        reach = self._reach.get(agent)
+        if reach is None:
+            reach = self._reach[agent] = [0] * MAX_HOPS
+        reach[hops] += change
+        self._anchors[agent] = None
+        if not any(reach):
+            del self._reach[agent]
 
     def _expected(self, task: _Task) -> Session | None:
         """The session of the agent that most likely calls next in a task, equation 10, if it has one there already."""
@@ -176,7 +249,9 @@ class Transition(Policy):
             self._actions.append(Prefetch(session, 1.0))
 
     def _end(self, program: Program) -> None:
-        self._move(self._tasks.pop(program), _NO_HOPS)
+        task = self._tasks.pop(program)
+        self.returns.ended(task.progress)
+        self._move(task, NO_INDICES)
 
     def _clean_up(self) -> None:
         """Ends tasks and stops protecting anchors that were left long ago; a few at a time."""
@@ -184,6 +259,8 @@ class Transition(Policy):
         for program in list(itertools.islice(self._tasks, 2)):
             if self._tasks[program].last_call < oldest or len(self._tasks) > MAX_TASKS:
                 self._end(program)
+        if not self._predicts:
+            return
         for agent in list(itertools.islice(self._last_call, 2)):
             if self._last_call[agent] >= oldest:
                 break
@@ -191,4 +268,18 @@ class Transition(Policy):
                 self._last_call.move_to_end(agent)  # it is expected; its time is looked at again after the others
             else:
                 del self._last_call[agent]
-                self._actions.append(RescoreAnchor(agent))
+                self._anchors[agent] = None
+
+
+def _hops(indices: Mapping[str, float]) -> Mapping[str, int]:
+    """Agents that are expected within `MAX_HOPS` calls, in effect: `1 / index`, what a sure call would be away."""
+    return {agent: round(1.0 / index) for agent, index in indices.items() if index * (MAX_HOPS - 0.5) > 1.0}
+
+
+def _nearest(reach: list[int] | None) -> int | None:
+    """The hops of the nearest task. None: no task reaches the agent."""
+    if reach is not None:
+        for hops, num_tasks in enumerate(reach):
+            if num_tasks:
+                return hops
+    return None

@@ -92,6 +92,11 @@ class Ttl(Policy):
             elif (ttl_ns := self.ttl_ns(session)) > 0:
                 self._pins.append(Pin(session, event.at_ns + ttl_ns))
 
+    def tool_called(self, session: Session, now_ns: int) -> None:
+        if not session.is_last_turn:
+            assert session.idle_since_ns is not None
+            self._pins.append(Pin(session, session.idle_since_ns + self.ttl_ns(session)))
+
     def ttl_ns(self, session: Session) -> int:
         """For how long the blocks of a session whose turn has ended are worth keeping."""
         gaps = self._registry.gaps.of(session.tool_name, MIN_SAMPLES)
