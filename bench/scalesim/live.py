@@ -54,6 +54,8 @@ class World:
     num_agents: int = 15
     num_residents: int = 4
     """Agents whose memory fits the device: KV blocks for so many of the longest prompts, and as many adapters."""
+    num_in_host: int = 0
+    """Agents whose KV fits the host tier, in the same sense; 0: all of them do."""
     num_steps: int = 20
     num_warm_steps: int = 6
     """Steps that are not measured: everybody has his first call in one of them."""
@@ -91,6 +93,7 @@ def make_server(system: str, world: World, adapters: Path) -> ServerSpec:
     longest = round(1.2 * max(program.num_context_tokens for program in world.programs().values()))
     blocks_each = -(-longest // BLOCK_SIZE) + 1
     block_bytes = model.kv_bytes_per_token(_ELEMENT_SIZES[world.dtype]) * BLOCK_SIZE
+    host_gib = world.num_in_host * blocks_each * block_bytes / 2**30 if world.num_in_host else _HOST_GIB
     options = {
         "model": MODEL,
         "executor": "cpu",
@@ -101,7 +104,7 @@ def make_server(system: str, world: World, adapters: Path) -> ServerSpec:
         "max-model-len": max(longest, _PROBE_TOKENS),
         "kv-cache-memory": world.num_residents * blocks_each * block_bytes,
         "policy": "invocation_distance" if system == "scalesim" else "lru",
-        "kv-offloading-size": 0.0 if system == "lru" else _HOST_GIB,
+        "kv-offloading-size": 0.0 if system == "lru" else host_gib,
     }
     command = ["{python}", "-m", "agentserve", "serve", "--port", "{port}"]
     for name, value in options.items():

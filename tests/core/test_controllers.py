@@ -15,6 +15,7 @@ from agentserve.core.batch import Batch, Lane, ScheduledChunk
 from agentserve.core.controllers import BatchObservation, Controller, ControlSignal, Decision
 from agentserve.core.controllers.correction import Corrections
 from agentserve.core.controllers.factory import build_controller, tpot_target_ns
+from agentserve.core.controllers.merit import rate_in_turn
 from agentserve.core.controllers.predictive import PredictiveController
 from agentserve.core.costmodel import BatchShape, CostModel
 from agentserve.core.request import WorkClass
@@ -221,6 +222,24 @@ def test_predictive_gives_everything_to_prefill_when_nobody_decodes() -> None:
     decision = predictive().decide(signal(decodes=0))
     assert decision.partition.kind is PartitionKind.WHOLE
     assert decision.prefill_chunk == decision.resume_budget >= 16
+
+
+def test_two_prompts_read_at_once_count_as_what_they_are_worth_one_after_the_other() -> None:
+    assert rate_in_turn(100.0, 0.0) == 100.0
+    # 300 tokens each. At once at 50 and 50 a second: both after 6 s. In turn at 75: after 4 and 8, 6 in the mean.
+    assert rate_in_turn(50.0, 50.0) == 75.0
+    # At 80 and 20: the first after 3.75 s, then 225 tokens of the second are left, at 100: after 6; 4.875 in the mean.
+    # In turn at r: (300 + 600) / (2 r) = 4.875.
+    assert rate_in_turn(80.0, 20.0) == pytest.approx(900 / 2 / 4.875)
+    assert rate_in_turn(20.0, 80.0) == rate_in_turn(80.0, 20.0)
+
+
+def test_a_second_prompt_is_not_read_beside_the_first_where_one_after_the_other_is_as_fast() -> None:
+    controller = make("predictive", tpot_target_ns=400 * MS)
+    alone = controller.decide(signal(prefill=500))
+    with_another = controller.decide(signal(prefill=1000, waiting=500))
+    assert alone.partition.kind is with_another.partition.kind
+    assert not (with_another.partition.kind is PartitionKind.SPLIT and with_another.shares_budget)
 
 
 def test_predictive_sends_a_resume_to_the_prefill_lane_rather_than_let_it_wait() -> None:

@@ -22,6 +22,8 @@ MAX_AGENTS = 4096
 _MAX_TOOLS = 256
 _MAX_GAPS = 128
 """Gaps of one tool that are remembered, the latest ones."""
+_MAX_CANDIDATES = 32
+"""Of those, at most so many are looked at as times to wait: quantiles, the longest gap among them."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -103,8 +105,9 @@ class GapSamples:
     def best_wait_ns(self, benefit_ns: float) -> int:
         """The time that maximizes `P(gap <= time) * benefit_ns - time`, over 0 and the gaps that were seen.
 
-        Of equal ones the shortest. Which gaps can be the best is worked out anew when one in 16 of them is new, or
-        any if there are few; the answer then takes O(log n).
+        Of equal ones the shortest. With many gaps only `_MAX_CANDIDATES` of them are tried, evenly by rank. Which can
+        be the best is worked out anew when one in 16 of them is new, or any if there are few; the answer then takes
+        O(log n).
         """
         if 16 * self._num_new >= len(self.ascending) > 0:
             self._rebuild()
@@ -113,7 +116,10 @@ class GapSamples:
     def _rebuild(self) -> None:
         """The upper hull of the points (gap, how many are as short): the best one is where its slope is `benefit`."""
         gaps_ns, counts = [0], [0]
-        for count, gap_ns in enumerate(self.ascending, start=1):
+        num = len(self.ascending)
+        every = -(-num // _MAX_CANDIDATES)
+        for count in (*range(every, num, every), num):
+            gap_ns = self.ascending[count - 1]
             while len(gaps_ns) > 1 and (gap_ns - gaps_ns[-1]) * (counts[-1] - counts[-2]) <= (
                 gaps_ns[-1] - gaps_ns[-2]
             ) * (count - counts[-1]):
@@ -121,7 +127,6 @@ class GapSamples:
                 counts.pop()
             gaps_ns.append(gap_ns)
             counts.append(count)
-        num = len(self.ascending)
         steps = zip(itertools.pairwise(gaps_ns), itertools.pairwise(counts), strict=True)
         self._candidates_ns = gaps_ns
         self._thresholds_ns = [(after - before) * num / (c - b) for (before, after), (b, c) in steps]

@@ -17,7 +17,6 @@ from agentserve.config import EngineConfig
 from agentserve.core.agents.factory import Seats
 from agentserve.core.agents.held import HeldCalls
 from agentserve.core.agents.isolation import Isolation
-from agentserve.core.agents.pins import PinTimers
 from agentserve.core.agents.policy import (
     Action,
     Admit,
@@ -37,6 +36,7 @@ from agentserve.core.agents.policy import (
 )
 from agentserve.core.agents.prefetch import PrefetchQueue
 from agentserve.core.agents.registry import Session
+from agentserve.core.agents.retention import RetentionSeat
 from agentserve.core.agents.sessions import SessionFinder
 from agentserve.core.agents.speculation import IdleLanes, SpeculationQueue
 from agentserve.core.events import (
@@ -49,7 +49,7 @@ from agentserve.core.events import (
     Speculate,
     SubmitRequest,
 )
-from agentserve.core.memory.eviction import Key, Rank
+from agentserve.core.memory.eviction import Key
 from agentserve.core.memory.manager import MemoryManager
 from agentserve.core.request import FinishReason, Request
 from agentserve.core.stats import PolicyStats
@@ -91,15 +91,12 @@ class AgentRuntime:
     def __init__(self, config: EngineConfig, memory: MemoryManager, seats: Seats) -> None:
         self.registry = seats.registry
         self._memory = memory
-        self._retention = seats.retention
         self._order = seats.order
         self._admission = seats.admission
         self._speculation = seats.speculation
-        self._policies = self._seat()
         self._config = config
         self._calls: dict[str, _Call] = {}
         self._finder = SessionFinder(self.registry, memory)
-        self._pins = PinTimers()
         self._ended: dict[str, Session] = {}
         """Sessions by those of their calls that have ended since the last one came."""
         self.held = HeldCalls()
@@ -108,14 +105,10 @@ class AgentRuntime:
         self._ask = self._isolation.ask
         self.is_behind = False
         """Whether a policy has more to do at once: the next step is due now."""
-        if self._retention is not None:
-            memory.use_policy(
-                self._isolation.block_key(self._retention),
-                protects_anchors=config.protects_anchors,
-                max_pinned_blocks=int(config.pin_share * memory.num_blocks),
-            )
-            if self._retention.rates_by_users:
-                memory.rate_by_users()
+        self._retention = RetentionSeat(
+            seats.retention, config, memory, self.registry, isolation=self._isolation, counts=self.counts
+        )
+        self._policies = self._seat()
         self._prefetches = PrefetchQueue(memory, self.registry)
         self._pieces: SpeculationQueue | None = None
         if self._speculation is not None:
@@ -131,7 +124,7 @@ class AgentRuntime:
 
     def submitted(self, request: Request, command: SubmitRequest, now_ns: int) -> None:
         """A call has come. Stamps its place and to whom its blocks will belong; it is not queued yet."""
-        session, forgotten = self._finder.find(command, self._retention, now_ns)
+        session, forgotten = self._finder.find(command, self._retention.policy, now_ns)
         self._forget(forgotten, now_ns)
         if session.idle_since_ns is not None:
             self.registry.gaps.add(session.tool_name, now_ns - session.idle_since_ns)
@@ -150,7 +143,7 @@ class AgentRuntime:
         session.adapter = request.adapter
         session.next_distance = command.distance
         self._calls[request.request_id] = _Call(request, session, now_ns)
-        if self._retention is not None:
+        if self._retention.policy is not None:
             request.session_blocks = session.blocks
         order = self._order
         if order is not None:
@@ -175,7 +168,7 @@ class AgentRuntime:
         session.tool_name = command.tool_name
         for policy in self._policies:
             self._ask(policy, None, policy.tool_called, session, now_ns)
-        self._rescore(session, now_ns)
+        self._retention.rescore(session, now_ns)
 
     def predicted(self, command: Speculate) -> None:
         """Somebody said what the next prompt of a session begins with."""
@@ -220,15 +213,12 @@ class AgentRuntime:
         session.last_used_ns = now_ns
         if session.is_idle:
             session.idle_since_ns = now_ns
-            self._unpin(session)
+            self._retention.unpin(session)
         self._happened(TurnEvent(TurnKind.FINISHED, session, request, now_ns, lasted_ns, reason))
 
     def act(self, now_ns: int, queues: Queues) -> None:
         """Lets the policies act. To be called after what happened in a step, before the lanes are filled."""
-        for session in self._pins.pop_expired(now_ns):
-            self.counts["pins_expired"] += 1
-            self._unpin(session)
-            self._rescore(session, now_ns)
+        self._retention.expire_pins(now_ns)
         self.is_behind = False
         for policy in self._policies:
             actions = self._isolation.actions(policy, now_ns)
@@ -236,12 +226,10 @@ class AgentRuntime:
                 self._do(action, now_ns, queues)
             if actions:
                 self.is_behind |= self._ask(policy, False, getattr, policy, "is_behind")
-        retention = self._retention
+        retention = self._retention.policy
         if retention is not None and self._prefetches:
-            wants = retention.wants_prefetch
-            self._prefetches.start(
-                lambda session: self._ask(retention, False, wants, session), len(self._calls), queues.num_claimed_blocks
-            )
+            wants = partial(self._ask, retention, False, retention.wants_prefetch)
+            self._prefetches.start(wants, len(self._calls), queues.num_claimed_blocks)
         if self._pieces is not None:
             self._pieces.start(now_ns, queues, has_sessions=retention is not None)
         if self.held and len(self.held) == len(self._calls) and self._policy_deadline_ns() is None:
@@ -254,8 +242,10 @@ class AgentRuntime:
         isolation = self._isolation
         for name, policy in isolation.failed.items():
             events.append(PolicyFailed(now_ns, name, isolation.failures[name]))
-            if policy is self._retention:
-                self._replace_retention()
+            if policy is self._retention.policy:
+                self._retention.replace()
+                for call in self._calls.values():
+                    call.request.session_blocks = None
             if policy is self._order:
                 self._order = None
                 queues.forget_order()
@@ -273,7 +263,7 @@ class AgentRuntime:
 
     def next_deadline_ns(self) -> int | None:
         """When `act` must be called while calls wait."""
-        dues = [due for due in (self._policy_deadline_ns(), self._pins.next_ns()) if due is not None]
+        dues = [due for due in (self._policy_deadline_ns(), self._retention.next_pin_ns()) if due is not None]
         return min(dues, default=None)
 
     def _policy_deadline_ns(self) -> int | None:
@@ -318,8 +308,8 @@ class AgentRuntime:
         """Nothing is known any more of sessions that the registry has dropped."""
         for session in sessions:
             self._forget_ended(session)
-            self._unpin(session)
-            self._rescore(session, now_ns)
+            self._retention.unpin(session)
+            self._retention.rescore(session, now_ns)
 
     def _forget_ended(self, session: Session) -> None:
         for request_id in session.ended_ids:
@@ -337,7 +327,7 @@ class AgentRuntime:
                 session.shared_tokens = call.request.num_cached_tokens
             session.num_running += 1
             if session.num_waiting == 0:
-                self._unpin(session)
+                self._retention.unpin(session)
         else:
             session.num_waiting += 1
         self._happened(TurnEvent(kind, session, call.request, now_ns, lasted_ns))
@@ -357,7 +347,7 @@ class AgentRuntime:
 
     def _seat(self) -> tuple[Policy, ...]:
         """Each policy once, however many seats it has."""
-        seats = (self._retention, self._order, self._admission, self._speculation)
+        seats = (self._retention.policy, self._order, self._admission, self._speculation)
         return tuple(dict.fromkeys(policy for policy in seats if policy is not None))
 
     def _happened(self, event: TurnEvent) -> None:
@@ -365,36 +355,20 @@ class AgentRuntime:
             self._ask(policy, None, policy.observe, event)
         if self._pieces is not None:
             self._pieces.observe(event)
-        self._rescore(event.session, event.at_ns)
-
-    def _rescore(self, session: Session, now_ns: int) -> None:
-        policy = self._retention
-        if policy is None or policy.scores_blocks:
-            return
-        self._rate(session, self._ask(policy, _NO_KEY, policy.score, session, now_ns))
-
-    def _rate(self, session: Session, key: Key) -> None:
-        is_pinned = session.pinned_until_ns is not None
-        rank = Rank.PINNED if is_pinned else Rank.PRIVATE
-        self._memory.rekey(session.blocks, (rank, *key), is_pinned=is_pinned)
-
-    def _rescore_anchor(self, agent: str, now_ns: int) -> None:
-        policy, group = self._retention, self.registry.anchors.get(agent)
-        if policy is not None and group is not None:
-            self._memory.order.rekey(group, self._ask(policy, group.key, policy.score_anchor, agent, now_ns))
+        self._retention.rescore(event.session, event.at_ns)
 
     def _do(self, action: Action, now_ns: int, queues: Queues) -> None:
         if isinstance(action, Pin):
-            self._pin(action.session, action.until_ns, now_ns)
+            self._retention.pin(action.session, action.until_ns, now_ns)
         elif isinstance(action, Drop | Demote | Supersede):
-            self._give_up(action)
+            self._retention.give_up(action)
         elif isinstance(action, Rate):
             for session, key in action.keys:
-                self._rate(session, key)
+                self._retention.rate(session, key)
         elif isinstance(action, Rescore):
-            self._rescore(action.session, now_ns)
+            self._retention.rescore(action.session, now_ns)
         elif isinstance(action, RescoreAnchor):
-            self._rescore_anchor(action.agent, now_ns)
+            self._retention.rescore_anchor(action.agent, now_ns)
         elif isinstance(action, Prefetch):
             self._prefetches.add(action.session, action.distance)
         elif isinstance(action, PlaceAdapter):
@@ -417,55 +391,12 @@ class AgentRuntime:
         elif queues.reprioritize(request, action.key):
             self.counts["reorders"] += 1
 
-    def _give_up(self, action: Drop | Demote | Supersede) -> None:
-        session, memory = action.session, self._memory
-        if isinstance(action, Supersede):
-            self.counts["blocks_superseded"] += memory.supersede(session.blocks, action.num_tokens)
-        elif not session.is_idle:
-            return
-        elif isinstance(action, Demote):
-            self.counts["blocks_demoted"] += memory.demote(session.blocks)
-        else:
-            # What a batch in flight still writes to is dropped when it is done.
-            session.blocks.is_transient = True
-            memory.drop(session.blocks)
-
-    def _pin(self, session: Session, until_ns: int, now_ns: int) -> None:
-        """Only an idle session is pinned: what an open call needs is held."""
-        if not session.is_idle:
-            return
-        if until_ns > now_ns:
-            self.counts["pins_set"] += session.pinned_until_ns is None
-            self._pins.start(session, until_ns)
-        elif session.pinned_until_ns is not None:
-            session.pinned_until_ns = None
-        else:
-            return
-        self._rescore(session, now_ns)
-
-    def _unpin(self, session: Session) -> None:
-        session.pinned_until_ns = None
-        group = session.blocks.group
-        if group.is_pinned:
-            self._memory.rekey(session.blocks, (Rank.PRIVATE, session.last_used_ns))
-
     def _name_of(self, policy: Policy) -> str:
         config = self._config
         named = (
-            (self._retention, config.policy),
+            (self._retention.policy, config.policy),
             (self._order, config.order),
             (self._admission, config.admission),
             (self._speculation, config.speculate),
         )
         return next(name for seat, name in named if seat is policy)
-
-    def _replace_retention(self) -> None:
-        self._retention = None
-        self.registry.anchors.clear()
-        self._memory.use_lru()
-        for call in self._calls.values():
-            call.request.session_blocks = None
-        for session in self.registry.sessions.values():
-            session.pinned_until_ns = None
-            session.blocks.group = self._memory.order.common
-            session.blocks.anchors = None

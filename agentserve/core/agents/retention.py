@@ -1,0 +1,121 @@
+"""The retention seat: what its policy says of sessions and anchors, as keys in the memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from agentserve.config import EngineConfig
+from agentserve.core.agents.isolation import Isolation
+from agentserve.core.agents.pins import PinTimers
+from agentserve.core.agents.policy import Demote, Drop, Policy, Supersede
+from agentserve.core.agents.registry import AgentRegistry, Session
+from agentserve.core.memory.eviction import Key, Rank
+from agentserve.core.memory.manager import MemoryManager
+
+_NO_KEY: Key = ()
+
+
+class RetentionSeat:
+    """Keeps the worth of what is cached as the policy has it. Without one, sessions are of no interest here."""
+
+    def __init__(
+        self,
+        policy: Policy | None,
+        config: EngineConfig,
+        memory: MemoryManager,
+        registry: AgentRegistry,
+        *,
+        isolation: Isolation,
+        counts: Counter[str],
+    ) -> None:
+        self.policy = policy
+        self._memory = memory
+        self._registry = registry
+        self._ask = isolation.ask
+        self._counts = counts
+        self._pins = PinTimers()
+        if policy is not None:
+            memory.use_policy(
+                isolation.block_key(policy),
+                protects_anchors=config.protects_anchors,
+                max_pinned_blocks=int(config.pin_share * memory.num_blocks),
+            )
+            if policy.rates_by_users:
+                memory.rate_by_users()
+
+    def replace(self) -> None:
+        """The policy has failed: blocks belong to no session any more, and those used longest ago go first."""
+        self.policy = None
+        self._registry.anchors.clear()
+        self._memory.use_lru()
+        for session in self._registry.sessions.values():
+            session.pinned_until_ns = None
+            session.blocks.group = self._memory.order.common
+            session.blocks.anchors = None
+
+    # ---- worth ----
+
+    def rescore(self, session: Session, now_ns: int) -> None:
+        """Asks what a session is worth."""
+        policy = self.policy
+        if policy is not None and not policy.scores_blocks:
+            self.rate(session, self._ask(policy, _NO_KEY, policy.score, session, now_ns))
+
+    def rate(self, session: Session, key: Key) -> None:
+        """Takes what a session is worth."""
+        is_pinned = session.pinned_until_ns is not None
+        rank = Rank.PINNED if is_pinned else Rank.PRIVATE
+        self._memory.rekey(session.blocks, (rank, *key), is_pinned=is_pinned)
+
+    def rescore_anchor(self, agent: str, now_ns: int) -> None:
+        """Asks what the calls of an agent have in common is worth."""
+        policy, group = self.policy, self._registry.anchors.get(agent)
+        if policy is not None and group is not None:
+            self._memory.order.rekey(group, self._ask(policy, group.key, policy.score_anchor, agent, now_ns))
+
+    def give_up(self, action: Drop | Demote | Supersede) -> None:
+        """Frees blocks of a session, or lets them go first or down to the next tier."""
+        session, memory = action.session, self._memory
+        if isinstance(action, Supersede):
+            self._counts["blocks_superseded"] += memory.supersede(session.blocks, action.num_tokens)
+        elif not session.is_idle:
+            return
+        elif isinstance(action, Demote):
+            self._counts["blocks_demoted"] += memory.demote(session.blocks)
+        else:
+            # What a batch in flight still writes to is dropped when it is done.
+            session.blocks.is_transient = True
+            memory.drop(session.blocks)
+
+    # ---- pins ----
+
+    def next_pin_ns(self) -> int | None:
+        """When the next pin ends."""
+        return self._pins.next_ns()
+
+    def expire_pins(self, now_ns: int) -> None:
+        """Ends the pins whose time is over."""
+        for session in self._pins.pop_expired(now_ns):
+            self._counts["pins_expired"] += 1
+            self.unpin(session)
+            self.rescore(session, now_ns)
+
+    def pin(self, session: Session, until_ns: int, now_ns: int) -> None:
+        """Only an idle session is pinned: what an open call needs is held."""
+        if not session.is_idle:
+            return
+        if until_ns > now_ns:
+            self._counts["pins_set"] += session.pinned_until_ns is None
+            self._pins.start(session, until_ns)
+        elif session.pinned_until_ns is not None:
+            session.pinned_until_ns = None
+        else:
+            return
+        self.rescore(session, now_ns)
+
+    def unpin(self, session: Session) -> None:
+        """Ends the pin of a session, if it has one."""
+        session.pinned_until_ns = None
+        group = session.blocks.group
+        if group.is_pinned:
+            self._memory.rekey(session.blocks, (Rank.PRIVATE, session.last_used_ns))
