@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 from typing import TYPE_CHECKING
@@ -55,6 +56,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     safety = safety_policies(config)
     engine = build_engine(config, report=logger.info)
+    # What was made until now stays until the end. Else every full collection would look through all of torch, with the
+    # interpreter locked, while streams wait.
+    gc.collect()
+    gc.freeze()
     try:
         asyncio.run(_serve(engine, resolved, safety))
     finally:

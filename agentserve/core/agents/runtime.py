@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from agentserve.config import EngineConfig
 from agentserve.core.agents.factory import Seats
@@ -34,11 +33,12 @@ from agentserve.core.agents.policy import (
     TurnEvent,
     TurnKind,
 )
+from agentserve.core.agents.ports import IdleLanes, Queues
 from agentserve.core.agents.prefetch import PrefetchQueue
 from agentserve.core.agents.registry import Session
 from agentserve.core.agents.retention import RetentionSeat
 from agentserve.core.agents.sessions import SessionFinder
-from agentserve.core.agents.speculation import IdleLanes, SpeculationQueue
+from agentserve.core.agents.speculation import SpeculationQueue
 from agentserve.core.events import (
     EngineEvent,
     NoteTurn,
@@ -56,22 +56,6 @@ from agentserve.core.stats import PolicyStats
 
 _FOREVER_NS = sys.maxsize
 _NO_KEY: Key = ()
-
-
-class Queues(IdleLanes, Protocol):
-    """What policies act on."""
-
-    def reprioritize(self, request: Request, key: Key) -> bool:
-        """Gives a request that waits another place; whether it has passed another one by that."""
-        ...
-
-    def forget_order(self) -> None:
-        """All requests go in the order of their arrival again."""
-        ...
-
-    def num_claimed_blocks(self) -> int:
-        """Blocks that requests may need which have come: all of those that wait, one more of each that runs."""
-        ...
 
 
 @dataclass(slots=True)
@@ -345,10 +329,19 @@ class AgentRuntime:
 
     # ---- asking and doing ----
 
+    def _seats(self) -> tuple[tuple[Policy | None, str], ...]:
+        """Who sits where, and under which name."""
+        config = self._config
+        return (
+            (self._retention.policy, config.policy),
+            (self._order, config.order),
+            (self._admission, config.admission),
+            (self._speculation, config.speculate),
+        )
+
     def _seat(self) -> tuple[Policy, ...]:
         """Each policy once, however many seats it has."""
-        seats = (self._retention.policy, self._order, self._admission, self._speculation)
-        return tuple(dict.fromkeys(policy for policy in seats if policy is not None))
+        return tuple(dict.fromkeys(policy for policy, _ in self._seats() if policy is not None))
 
     def _happened(self, event: TurnEvent) -> None:
         for policy in self._policies:
@@ -392,11 +385,4 @@ class AgentRuntime:
             self.counts["reorders"] += 1
 
     def _name_of(self, policy: Policy) -> str:
-        config = self._config
-        named = (
-            (self._retention.policy, config.policy),
-            (self._order, config.order),
-            (self._admission, config.admission),
-            (self._speculation, config.speculate),
-        )
-        return next(name for seat, name in named if seat is policy)
+        return next(name for seat, name in self._seats() if seat is policy)

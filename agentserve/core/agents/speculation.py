@@ -13,9 +13,9 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from agentserve.core.agents.policy import TurnEvent, TurnKind
+from agentserve.core.agents.ports import IdleLanes
 from agentserve.core.agents.registry import Session
 from agentserve.core.events import Speculate
 from agentserve.core.memory.eviction import Key, Rank, lru_key
@@ -35,24 +35,6 @@ _PLACEHOLDER = 0
 
 Question = Callable[[Session, int, int, int], int]
 """`Policy.speculates`."""
-
-
-class IdleLanes(Protocol):
-    """Where pieces run."""
-
-    @property
-    def may_speculate(self) -> bool:
-        """Whether no prompt waits or is read, and no other piece is under way."""
-        ...
-
-    @property
-    def num_seqs(self) -> int:
-        """Requests that may need a block soon."""
-        ...
-
-    def speculate(self, request: Request) -> bool:
-        """Starts a piece; False if there is something in its way."""
-        ...
 
 
 @dataclass(slots=True, eq=False)
