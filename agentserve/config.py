@@ -43,6 +43,7 @@ ORACLES = ("belady", "srpt")
 """Policies that know the future: in the simulator only."""
 TIERS = ("host", "cxl", "disk")
 WRITE_BACKS = ("incremental", "on_evict")
+DEFAULT_SPECULATE_TOKENS = 8192
 DEFAULT_FLUSH_TIMEOUT_S = 30.0
 
 
@@ -244,7 +245,7 @@ class EngineConfig:
     """Which calls have to wait although there is memory for them; one of `ADMISSION_POLICIES`."""
     speculate: str = "none"
     """What is computed of a next prompt before it comes, while nobody waits; one of `SPECULATION_POLICIES`."""
-    speculate_tokens: int = 8192
+    speculate_tokens: int = DEFAULT_SPECULATE_TOKENS
     """Tokens that are computed like this between two calls of a session, at most."""
     protect_anchors: bool | None = None
     """Whether what several sessions use is kept longer than what one of them uses. None: unless the policy is lru."""
@@ -311,6 +312,8 @@ class EngineConfig:
             )
         if self.speculate != "none" and not (self.scheduler == "lanes" and self.enable_prefix_caching):
             raise ConfigError("speculate needs the scheduler lanes, and the prefix cache for what it computes")
+        if self.speculate == "none" and self.speculate_tokens != DEFAULT_SPECULATE_TOKENS:
+            raise ConfigError("speculate_tokens needs a policy that speculates (speculate)")
         if not 0.0 <= self.prefetch_distance < float("inf"):
             raise ConfigError(f"prefetch_distance must be a number from 0 on, not {self.prefetch_distance}")
         if not 0.0 < self.pin_share <= 1.0:
@@ -683,8 +686,9 @@ class ServeConfig:
         section="scheduler",
     )  # fmt: skip
     speculate_tokens: int = _option(
-        8192, positive_int, "speculate: tokens between two calls of a session at most", section="scheduler"
-    )
+        DEFAULT_SPECULATE_TOKENS, positive_int, "speculate: tokens between two calls of a session at most",
+        section="scheduler",
+    )  # fmt: skip
     token_history: bool = _option(
         True, boolean, "read answers again with the token ids that were generated, so that no prefix breaks there",
         section="cache",

@@ -199,6 +199,11 @@ def test_it_needs_lanes_and_a_cache(values: dict[str, Any]) -> None:
         config(speculate="next_turn", **values)
 
 
+def test_a_budget_that_nobody_would_spend_is_refused() -> None:
+    with pytest.raises(ConfigError, match="speculate_tokens needs"):
+        config(speculate_tokens=33)
+
+
 def test_a_recording_is_replayed(tmp_path: Path) -> None:
     head = header(speculate="next_turn")
     engine, executor = build_core(head), simulated()
