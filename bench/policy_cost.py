@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from agentserve.build.simulation import build_driver
 from agentserve.config import (
     ADMISSION_POLICIES,
     ORDER_POLICIES,
@@ -41,10 +42,6 @@ from agentserve.config import (
 from agentserve.core.agents.runtime import AgentRuntime
 from agentserve.core.events import Foresight, RequestAdmitted, RequestFinished, SubmitRequest, TokenGenerated
 from agentserve.core.request import SamplingParams
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from agentserve.runtime.recording import Header
-from agentserve.runtime.replay import build_core
-from agentserve.runtime.virtual import VirtualDriver
 from bench.figures.simulated import Device
 from bench.load.results import conditions
 
@@ -72,7 +69,6 @@ _MAX_TURNS = 12
 """Then an agent's task begins anew."""
 _MIN_OUTPUT, _MAX_OUTPUT = 30, 110
 _MEAN_GAP_S = 20.0
-_VOCABULARY = range(100, 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,27 +195,8 @@ class _Load:
             control=ControlConfig(tpot_target_ns=device.tpot_target_ns),
             **way,
         )
-        profile = device.profile
-        header = Header(
-            config=config,
-            compute_units=profile.compute_units,
-            unit_granularity=profile.unit_granularity,
-            min_units=profile.min_units,
-            model=device.model,
-            executor="simulated",
-            device=profile,
-            model_shape=device.cost_model.model,
-        )
-        core = build_core(header)
-        executor = SimulatedExecutor(
-            device.cost_model,
-            num_blocks=config.num_blocks,
-            block_size=_BLOCK_SIZE,
-            vocabulary=_VOCABULARY,
-            lookahead=config.decode_lookahead,
-        )
-        self._driver = VirtualDriver(core, executor)
-        self._meter = _Meter(core.agents)
+        self._driver = build_driver(device.hardware.header(config))
+        self._meter = _Meter(self._driver.core.agents)
         self._by_request: dict[str, _Agent] = {}
         for agent in agents:
             self._call(agent, round(1e9 * _MEAN_GAP_S * agent.random.random()))

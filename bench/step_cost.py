@@ -22,13 +22,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from agentserve.build.simulation import build_instance
 from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.batch import Lane
 from agentserve.core.events import RequestFinished, SubmitRequest
 from agentserve.core.request import SamplingParams
-from agentserve.executors.simulated.executor import SimulatedExecutor
-from agentserve.runtime.recording import Header
-from agentserve.runtime.replay import build_core
 from agentserve.sim.orchestrator import simulate
 from agentserve.sim.workloads import make_workload
 from bench.figures.simulated import Device
@@ -48,7 +46,6 @@ _CONTEXT, _PROMPT = 1024, 8192
 _NUM_PROMPTS = 3
 _WARM_UP = 50
 _BLOCK_SIZE = 16
-_VOCABULARY = range(100, 1000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +78,7 @@ class _Load:
             control=control,
             **values,
         )
-        profile = device.profile
-        header = Header(
-            config=config,
-            compute_units=profile.compute_units,
-            unit_granularity=profile.unit_granularity,
-            min_units=profile.min_units,
-            model=device.model,
-            executor="simulated",
-            device=profile,
-            model_shape=device.cost_model.model,
-        )
-        self._core = build_core(header)
-        self._executor = SimulatedExecutor(
-            device.cost_model,
-            num_blocks=config.num_blocks,
-            block_size=_BLOCK_SIZE,
-            vocabulary=_VOCABULARY,
-            lookahead=config.decode_lookahead,
-        )
+        self._core, self._executor = build_instance(device.hardware.header(config))
         self._num_submitted = 0
         self._now_ns = 0
         self._commands = [self._submit(_CONTEXT, output) for _ in range(num_decodes)]
