@@ -115,7 +115,7 @@ class HeadNorm:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Scales the last dimension of `x` to root mean square 1, then by `weight`, rounding once at the end.
 
-    `weight` is of the last dimensions of `x`, one or several. On a CPU torch's own takes twice as many passes.
+    `weight` is of the last dimensions of `x`, one or several. On a CPU torch's own makes more passes over the rows.
     """
     if not x.is_cpu:
         if weight.dim() == 1:
