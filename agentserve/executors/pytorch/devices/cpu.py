@@ -153,8 +153,8 @@ def _keep_freed_memory() -> None:
 
     A forward pass frees and allocates results of a megabyte for every operation. With the defaults of glibc each is
     mapped, filled with zeros page by page and unmapped, until the library has learned the sizes: an RMSNorm of 512
-    rows took 1.3 ms instead of 0.4 in a fresh process. A whole forward pass that had run before was hardly faster. Where
-    there is no glibc nothing is changed.
+    rows took 1.3 ms instead of 0.4 in a fresh process. A forward pass that had run before was hardly faster. Without
+    glibc nothing is changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
