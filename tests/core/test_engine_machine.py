@@ -50,6 +50,7 @@ class EngineMachine(RuleBasedStateMachine):
     def build(
         self, way: dict[str, Any], order: str, lookahead: int, tiering: TieringConfig | None, speculate: str
     ) -> None:
+        speculating = {"speculate": speculate, "speculate_tokens": 18} if speculate != "none" else {}
         self.core = core(
             num_blocks=10,
             max_model_len=40,
@@ -61,9 +62,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefill_order=order,
             decode_lookahead=lookahead,
             tiering=tiering,
-            speculate="none" if "scheduler" in way else speculate,
-            speculate_tokens=18,
-            **way,
+            **(way if "scheduler" in way else way | speculating),
         )
 
     def __init__(self) -> None:
