@@ -24,7 +24,7 @@ TOOL_CALL_PARSERS = (
     "auto", "none", "hermes", "qwen3_coder", "llama3_json", "llama_pythonic", "mistral", "mistral_array",
 )  # fmt: skip
 REASONING_PARSERS = ("auto", "none", "think", "mistral")
-ATTENTION_BACKENDS = ("mirror", "flashinfer", "triton", "torch")
+ATTENTION_BACKENDS = ("native", "mirror", "flashinfer", "triton", "torch")
 PREFILL_ORDERS = ("shortest", "fcfs")
 RETENTION_POLICIES = (
     "lru", "anchor", "transition", "invocation_distance", "evict_always", "ttl", "continuum", "min_waste", "lfu_decay",

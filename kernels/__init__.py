@@ -7,6 +7,7 @@
     blocks                      gather_blocks, scatter_blocks: whole blocks for moves between tiers
     sampling.sample             tokens from logits without a synchronization
     reference                   the same functions in plain torch, for tests
+    native                      the first three and elementwise for CPUs, in C++
     tuning                      tile sizes, stages and splits as pure functions
     compile_check               compiles every kernel for every architecture, without a GPU
 

@@ -142,11 +142,11 @@ class Decoder(ABC):
     def swiglu(self, weights: Weights, name: str) -> SwiGLU | JoinedSwiGLU:
         """The MLP `name`."""
         hidden_size, intermediate_size = self.config.hidden_size, self.config.intermediate_size
-        if joins_gate_up(self.device):
+        if joins_gate_up(self.device, self.dtype):
             gates, ups = (f"{name}.{part}_proj.weight" for part in ("gate", "up"))
             gate_up = torch.cat([weights.get(part, intermediate_size, hidden_size) for part in (gates, ups)])
             return JoinedSwiGLU(
-                Linear(gate_up), self.linear(weights, f"{name}.down_proj", hidden_size, intermediate_size)
+                Linear(gate_up).pack(), self.linear(weights, f"{name}.down_proj", hidden_size, intermediate_size)
             )
         return SwiGLU(
             gate=self.linear(weights, f"{name}.gate_proj", intermediate_size, hidden_size),

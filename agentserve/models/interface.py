@@ -57,14 +57,14 @@ class HeadNormWeights:
 
 
 class FusedOperations(Protocol):
-    """What lies between the matrix products of a layer, each as one kernel that works in place."""
+    """What lies between the matrix products of a layer, each as one kernel."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`residual += x`, then the RMSNorm of the sum, in the memory of `x`; `x`, `residual` `[n, width]`."""
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """`silu(gate) * up` of `[n, 2 * width]`, gates first: `[n, width]`, in the memory of the gates."""
+        """`silu(gate) * up` of `[n, 2 * width]`, gates first: `[n, width]`, perhaps in the memory of the gates."""
         ...
 
 

@@ -202,7 +202,10 @@ def test_prompts_and_decodes_in_one_batch(
     executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor, **values), executor, requests)
-    if values.get("scheduler") not in {"prefill-first", "fcfs"}:  # there all prompts fit into the first batch
+    if values.get("scheduler") in {"prefill-first", "fcfs"}:
+        # All prompts fit into the first batch, and then all decode together.
+        assert all(len(batch.chunks) == NUM_PROMPTS for batch in run.batches)
+    else:
         assert any(len({chunk.work_class for chunk in batch.chunks}) > 1 for batch in run.batches), "never mixed"
     check(subject, requests, run)
 
@@ -211,7 +214,8 @@ def test_batched_with_others(subject: Subject, executor_of: Callable[..., TorchE
     executor = executor_of(subject)
     requests = requests_for(subject.prompts, subject.num_tokens)
     run = drive(make_core(executor, prefill_chunk=64), executor, requests)
-    assert max(len(batch.chunks) for batch in run.batches) == NUM_PROMPTS
+    # How many of them decode together depends on how fast the prompts are read beside.
+    assert max(len(batch.chunks) for batch in run.batches) > 1
     assert any(batch.co_running for batch in run.batches), "the lanes never overlapped"
     check(subject, requests, run)
 

@@ -52,7 +52,7 @@ def model(request: pytest.FixtureRequest) -> DecoderModel:
 @pytest.fixture(scope="module")
 def gpu_model() -> DecoderModel:
     """The same Llama with gate and up as one product, as it is on a GPU; of three rows at a time."""
-    with mock.patch.object(decoder, "joins_gate_up", lambda _: True), mock.patch.object(layers, "_MLP_ROWS", 3):
+    with mock.patch.object(decoder, "joins_gate_up", lambda *_: True), mock.patch.object(layers, "_MLP_ROWS", 3):
         return tiny()
 
 

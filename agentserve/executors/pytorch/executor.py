@@ -42,8 +42,8 @@ def kv_bytes_per_block(config: ModelConfig, dtype: torch.dtype | str, block_size
 def _sampler_maker(
     choice: AttentionChoice, max_num_seqs: int, model: DecoderModel, device: Device
 ) -> Callable[[], RowSampler] | None:
-    """Our kernels draw wherever they run at all."""
-    if not choice.is_fused:
+    """Our Triton kernels draw wherever they run at all."""
+    if not choice.is_fused or choice.name == "native":
         return None
     from agentserve.executors.pytorch.device_sampler import DeviceSampler  # noqa: PLC0415 - needs Triton
 

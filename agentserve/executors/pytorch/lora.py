@@ -74,7 +74,7 @@ class LoraStore:
         self._num_layers = config.num_layers
         self._dtype = dtype
         self._torch_device = device.torch_device
-        joined = joins_gate_up(device.torch_device)
+        joined = joins_gate_up(device.torch_device, dtype)
         mlp = (Product.GATE_UP,) if joined else (Product.GATE, Product.UP)
         self._memory: dict[Product, tuple[Tensor, Tensor]] = {}
         for product in (Product.QKV, Product.OUTPUT, *mlp, Product.DOWN):

@@ -48,7 +48,11 @@ def make_backend(
     width = table_width(max_model_len, block_size)
     make_kernels = _kernels(choice.name, shape, pool, device, max_num_seqs=max_num_seqs, width=width)
     fused: FusedKernels | None = None
-    if choice.is_fused:
+    if choice.name == "native":
+        from agentserve.executors.pytorch.attention.native import NativeFusedKernels  # noqa: PLC0415
+
+        fused = NativeFusedKernels()
+    elif choice.is_fused:
         from agentserve.executors.pytorch.attention.fused import TritonFusedKernels  # noqa: PLC0415
 
         fused = TritonFusedKernels()
@@ -81,5 +85,9 @@ def _kernels(
         from agentserve.executors.pytorch.attention.flashinfer import FlashInferKernels  # noqa: PLC0415
 
         return lambda: FlashInferKernels(shape, device.torch_device, spare_block=pool.spare_block, max_blocks=width)
+    if name == "native":
+        from agentserve.executors.pytorch.attention.native import NativeKernels  # noqa: PLC0415
+
+        return lambda: NativeKernels(shape)
     assert name == "torch", name
     return lambda: TorchKernels(shape)

@@ -41,11 +41,13 @@ class AttentionFacts:
     flashinfer_version: str | None
     can_build_flashinfer: bool
     """Whether there is a CUDA compiler, or modules that were compiled before. FlashInfer compiles what it needs."""
+    native_obstacle: str | None = None
+    """Why our C++ kernels do not run here; None on a CPU that they were compiled and loaded on."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionChoice:
-    """`mirror`, `flashinfer`, `triton` or `torch`, and a sentence why."""
+    """`native`, `mirror`, `flashinfer`, `triton` or `torch`, and a sentence why."""
 
     name: str
     reason: str
@@ -56,8 +58,8 @@ class AttentionChoice:
 def choose_attention(wanted: str, facts: AttentionFacts) -> AttentionChoice:
     """Picks the attention; `wanted` is a name or `auto`.
 
-    On a CPU `auto` means dense mirrors. On a GPU it means FlashInfer if it is installed and can do it, else our Triton
-    kernels, else torch, which is correct and slow.
+    On a CPU `auto` means our C++ kernels if they run there, else dense mirrors. On a GPU it means FlashInfer if it is
+    installed and can do it, else our Triton kernels, else torch, which is correct and slow.
 
     Raises ConfigError if what is wanted by name does not run here.
     """
@@ -73,7 +75,10 @@ def choose_attention(wanted: str, facts: AttentionFacts) -> AttentionChoice:
 
 def _best(facts: AttentionFacts) -> AttentionChoice:
     if facts.device_type == "cpu":
-        return AttentionChoice("mirror", "attention over dense mirrors, the fastest on a CPU")
+        obstacle = _no_native(facts)
+        if obstacle is None:
+            return _paged_choice("native", facts, [])
+        return AttentionChoice("mirror", f"attention over dense mirrors (not native: {obstacle})")
     reasons: list[str] = []
     for name in ("flashinfer", "triton"):
         obstacle = _OBSTACLES[name](facts)
@@ -85,7 +90,7 @@ def _best(facts: AttentionFacts) -> AttentionChoice:
 
 def _paged_choice(name: str, facts: AttentionFacts, reasons: list[str]) -> AttentionChoice:
     """With the rest of a layer fused if that is possible beside the attention `name`."""
-    fuses = False
+    fuses = name == "native"
     if name in {"flashinfer", "triton"}:
         obstacle = _no_triton(facts)
         fuses = obstacle is None
@@ -107,7 +112,35 @@ def read_facts(torch_device: torch.device, shape: AttentionShape) -> AttentionFa
         is_interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         flashinfer_version=_version("flashinfer-python"),
         can_build_flashinfer=_can_build_flashinfer(),
+        native_obstacle=_native_obstacle(torch_device, shape),
     )
+
+
+def _native_obstacle(torch_device: torch.device, shape: AttentionShape) -> str | None:
+    """Compiles the kernels where they can run, if that has not been done."""
+    if torch_device.type != "cpu":
+        return "the C++ kernels are for CPUs"
+    from agentserve_kernels.native import launch, library  # noqa: PLC0415 - a GPU needs neither
+
+    hindrances = {
+        f"the C++ kernels do not compute in {str(shape.dtype).removeprefix('torch.')}": shape.dtype
+        is not torch.bfloat16,
+        f"no C++ kernel for heads of {shape.head_dim}": shape.head_dim not in launch.HEAD_DIMS,
+        f"no C++ kernel for blocks of {shape.block_size} tokens": shape.block_size not in launch.BLOCK_SIZES,
+        f"more than {launch.MAX_GROUP} query heads share keys": shape.num_heads > launch.MAX_GROUP * shape.num_kv_heads,
+    }
+    found = [sentence for sentence, holds in hindrances.items() if holds]
+    if found:
+        return found[0]
+    try:
+        library.load()
+    except library.NativeBuildError as error:
+        return str(error)
+    return None
+
+
+def _no_native(facts: AttentionFacts) -> str | None:
+    return facts.native_obstacle
 
 
 def _no_mirror(facts: AttentionFacts) -> str | None:
@@ -150,6 +183,7 @@ def _no_flashinfer(facts: AttentionFacts) -> str | None:
 
 
 _OBSTACLES: dict[str, Callable[[AttentionFacts], str | None]] = {
+    "native": _no_native,
     "mirror": _no_mirror,
     "flashinfer": _no_flashinfer,
     "triton": _no_triton,

@@ -1,7 +1,8 @@
 """What the model runner needs of keys and values: a backend makes a batch ready, and the batch attends.
 
-There are two backends. `mirror.MirrorBackend` keeps dense copies of the sequences that are worked on, which is what a
-CPU wants. `paged.PagedBackend` attends over the blocks themselves.
+There are two backends. `paged.PagedBackend` attends over the blocks themselves, with kernels for GPUs and some CPUs.
+`mirror.MirrorBackend` keeps dense copies of the sequences that are worked on: torch's attention wants that, which the
+other CPUs have.
 """
 
 from __future__ import annotations

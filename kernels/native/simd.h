@@ -1,0 +1,51 @@
+// Vectors of 16 floats, and the two ways in which memory holds numbers: float and bfloat16.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+using bf16 = uint16_t;
+
+// A failure of a kernel's arguments never reaches this code: the launchers in Python have checked them.
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+static inline __m512 widen(__m256i halves) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+static inline __m512 load16(const bf16* from) {
+    return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+static inline __m512 load16(const bf16* from, __mmask16 mask) { return widen(_mm256_maskz_loadu_epi16(mask, from)); }
+
+static inline void store16(bf16* to, __m512 values) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+static inline void store16(bf16* to, __m512 values, __mmask16 mask) {
+    _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+static inline __mmask16 first(int64_t count) {
+    return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
+}
+
+// 2^x for x <= 0, relative error 4e-6: what it is used for is rounded to bfloat16 (4e-3). Below 2^-126 it is about 0.
+static inline __m512 exp2_16(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_sub_ps(x, whole);
+    // Taylor series of 2^rest for |rest| <= 1/2.
+    __m512 y = _mm512_set1_ps(9.618129e-3f);
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(5.5504109e-2f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(2.4022651e-1f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(6.9314718e-1f));
+    y = _mm512_fmadd_ps(y, rest, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, whole);
+}
+
+static constexpr float LOG2_E = 1.44269504f;
