@@ -112,7 +112,7 @@ class Decoder(ABC):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `DecoderModel.logits`."""
-        return self._head(hidden).float()
+        return self._head.wide(hidden)
 
     # ---- parts that several architectures share ----
 
@@ -146,7 +146,8 @@ class Decoder(ABC):
             gates, ups = (f"{name}.{part}_proj.weight" for part in ("gate", "up"))
             gate_up = torch.cat([weights.get(part, intermediate_size, hidden_size) for part in (gates, ups)])
             return JoinedSwiGLU(
-                Linear(gate_up).pack(), self.linear(weights, f"{name}.down_proj", hidden_size, intermediate_size)
+                Linear(gate_up, is_gated=True).pack(),
+                self.linear(weights, f"{name}.down_proj", hidden_size, intermediate_size),
             )
         return SwiGLU(
             gate=self.linear(weights, f"{name}.gate_proj", intermediate_size, hidden_size),

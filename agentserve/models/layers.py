@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from agentserve.models.interface import (
     ProjectedAttention,
     RotaryTables,
 )
+from agentserve_kernels.native import launch, library
 
 _MLP_ROWS = 512
 """Enough to be bound by multiplying, not by reading the weights again for the next rows, on any GPU we know."""
@@ -35,30 +37,75 @@ def cpu_computes_bfloat16() -> bool:
     return _HAS_ONEDNN and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
 
 
+@functools.cache
+def native_kernels() -> Any:
+    """The launchers of our C++ kernels, compiled if need be; None where they do not run."""
+    try:
+        library.load()
+    except library.NativeBuildError:
+        return None  # the executor says why when it chooses its attention
+    return launch
+
+
 class Linear:
     """`x @ weight.T + bias` for `weight` `[num_outputs, num_inputs]`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, is_gated: bool = False) -> None:
+        """`is_gated`: the first half of the outputs are gates of the second, as `activated` wants them; no bias."""
         self._weight = weight
         self._bias = bias
+        self._is_gated = is_gated
+        self._num_outputs, self._num_inputs = weight.shape
         self._packed = False
+        """Whether the weight is laid out for oneDNN."""
+        self._native: Any = None
+        """The launchers of our kernels, if it is laid out for those."""
 
     def pack(self) -> Linear:
-        """Reorders the weight for oneDNN where that helps, keeps no plain copy; returns self.
+        """Lays the weight out for a CPU where that helps, keeps no plain copy; returns self.
 
-        That is float32 on a CPU, and bfloat16 on one that computes with it.
+        That is float32 (for oneDNN), and bfloat16 on a CPU that computes with it (for our kernels, else for oneDNN).
 
         A packed weight is read at full memory bandwidth whatever the batch size, so that a decode step for eight
         sequences takes hardly longer than one for a single sequence.
         """
         dtype = self._weight.dtype
-        fits = _HAS_ONEDNN and (dtype is torch.float32 or (dtype is torch.bfloat16 and cpu_computes_bfloat16()))
-        if fits and self._weight.is_cpu and not self._packed:
+        if not self._weight.is_cpu or self._packed or self._native is not None:
+            return self
+        if dtype is torch.bfloat16 and self._num_inputs % launch.INPUTS_AT_ONCE == 0:
+            self._native = native_kernels()
+        if self._native is not None:
+            self._weight = self._native.pack_linear(self._weight.contiguous(), is_gated=self._is_gated)
+        elif _HAS_ONEDNN and (dtype is torch.float32 or (dtype is torch.bfloat16 and cpu_computes_bfloat16())):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, None)
             self._packed = True
         return self
 
+    @property
+    def activates(self) -> bool:
+        """Whether there is `activated`."""
+        return self._native is not None and self._is_gated
+
+    def activated(self, x: Tensor) -> Tensor:
+        """`silu(gates) * values` in one pass, `[n, num_outputs / 2]`."""
+        out = x.new_empty((x.shape[0], self._num_outputs // 2))
+        self._native.linear(x, self._weight, out, num_outputs=self._num_outputs, is_gated=True, activates=True)
+        return out
+
+    def wide(self, x: Tensor) -> Tensor:
+        """`self(x)` in float32, without rounding in between where that is to be had."""
+        return self(x).float() if self._native is None else self._computed(x, torch.float32)
+
+    def _computed(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        out = x.new_empty((x.shape[0], self._num_outputs), dtype=dtype)
+        self._native.linear(
+            x, self._weight, out, num_outputs=self._num_outputs, bias=self._bias, is_gated=self._is_gated
+        )
+        return out
+
     def __call__(self, x: Tensor) -> Tensor:
+        if self._native is not None:
+            return self._computed(x, x.dtype)
         if self._packed:
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return y
@@ -267,7 +314,7 @@ class SwiGLU:
 
 def joins_gate_up(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a model has a `JoinedSwiGLU`: where one of our kernels activates."""
-    return device.type != "cpu" or (dtype is torch.bfloat16 and cpu_computes_bfloat16())
+    return device.type != "cpu" or (dtype is torch.bfloat16 and native_kernels() is not None)
 
 
 class JoinedSwiGLU:
@@ -299,14 +346,17 @@ class JoinedSwiGLU:
         self, x: Tensor, adapters: LayerAdapters | None, first_row: int, operations: FusedOperations | None = None
     ) -> Tensor:
         """The MLP for a few rows of a batch, from `first_row`."""
-        gate_up = self._gate_up(x)
-        if adapters is not None:
-            adapters.add(Product.GATE_UP, x, gate_up, first_row)
-        if operations is None:
-            gate, up = gate_up.chunk(2, -1)
-            activated = functional.silu(gate).mul_(up)
+        if adapters is None and self._gate_up.activates:
+            activated = self._gate_up.activated(x)
         else:
-            activated = operations.silu_mul(gate_up)
+            gate_up = self._gate_up(x)
+            if adapters is not None:
+                adapters.add(Product.GATE_UP, x, gate_up, first_row)
+            if operations is None:
+                gate, up = gate_up.chunk(2, -1)
+                activated = functional.silu(gate).mul_(up)
+            else:
+                activated = operations.silu_mul(gate_up)
         output = self._down(activated)
         if adapters is not None:
             adapters.add(Product.DOWN, activated, output, first_row)

@@ -20,6 +20,7 @@ MAX_GROUP = 16
 """Query heads that may share a KV head."""
 
 _BF16 = (torch.bfloat16,)
+_OUT_DTYPES = (torch.bfloat16, torch.float32)
 _bf16, _int32, _int64, _float32 = torch.bfloat16, torch.int32, torch.int64, torch.float32
 
 
@@ -212,6 +213,89 @@ def silu_mul(gate_up: Tensor, out: Tensor) -> None:
         check_tensor("gate_up", gate_up, (num_rows, 2 * width), _BF16)
         check_tensor("out", out, (None, None), _BF16)
     load().silu_mul(gate_up.data_ptr(), gate_up.stride(0), out.data_ptr(), out.stride(0), num_rows, width)
+
+
+INPUTS_AT_ONCE = 32
+"""The inputs of a product with packed weights are a multiple of so many."""
+_OUTPUTS_AT_ONCE = 32
+_PLAIN, _GATED, _ACTIVATED = range(3)
+
+
+def pack_linear(weight: Tensor, *, is_gated: bool = False) -> Tensor:
+    """Lays `weight` `[num_outputs, num_inputs]` out for `linear`: `[n]`, of the same size up to padding.
+
+    With `is_gated` the first half of its rows are gates and the second what they gate; a half is a multiple of 16.
+    Raises KernelArgumentError.
+    """
+    check_tensor("weight", weight, (None, None), _BF16, num_packed=2)
+    num_outputs, num_inputs = weight.shape
+    require(num_inputs % INPUTS_AT_ONCE == 0, f"num_inputs is {num_inputs}, no multiple of {INPUTS_AT_ONCE}")
+    require(not is_gated or num_outputs % _OUTPUTS_AT_ONCE == 0, f"{num_outputs} gates and values are not blocks of 32")
+    packed = weight.new_empty(-(-num_outputs // _OUTPUTS_AT_ONCE) * _OUTPUTS_AT_ONCE * num_inputs)
+    load().pack_linear(weight.data_ptr(), packed.data_ptr(), num_outputs, num_inputs, is_gated)
+    return packed
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    num_outputs: int,
+    bias: Tensor | None = None,
+    is_gated: bool = False,
+    activates: bool = False,
+) -> None:
+    """`x W^T + bias` for weights `W` that `pack_linear` laid out.
+
+    x             [n, num_inputs]
+    out           [n, num_outputs], bfloat16 or float32; with `activates` [n, num_outputs / 2]
+    num_outputs   of the weights
+    bias          [num_outputs]; not with gated weights
+    is_gated      as it was packed; then `activates` makes it `silu(gates) * values`
+
+    Raises KernelArgumentError, MemoryError without room for a workspace.
+    """
+    num_rows, num_inputs = x.shape
+    if not (
+        x.dtype is packed.dtype is _bf16
+        and x.stride(1) == 1
+        and len(packed) == -(-num_outputs // _OUTPUTS_AT_ONCE) * _OUTPUTS_AT_ONCE * num_inputs
+        and out.shape == (num_rows, num_outputs // 2 if activates else num_outputs)
+        and out.is_contiguous()
+        and out.dtype in _OUT_DTYPES
+        and bias is None
+        and (is_gated or not activates)
+    ):
+        _check_linear(x, packed, out, num_outputs, bias, is_gated=is_gated, activates=activates)
+    status = load().linear(
+        x.data_ptr(),
+        x.stride(0),
+        packed.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        num_rows,
+        num_outputs,
+        num_inputs,
+        _ACTIVATED if activates else _GATED if is_gated else _PLAIN,
+        out.dtype is _float32,
+    )
+    _check_status(status)
+
+
+def _check_linear(
+    x: Tensor, packed: Tensor, out: Tensor, num_outputs: int, bias: Tensor | None, *, is_gated: bool, activates: bool
+) -> None:
+    require(is_gated or not activates, "only gated weights can be activated")
+    require(bias is None or not is_gated, "gated weights have no bias")
+    num_rows, num_inputs = x.shape
+    check_tensor("x", x, (None, None), _BF16)
+    size = -(-num_outputs // _OUTPUTS_AT_ONCE) * _OUTPUTS_AT_ONCE * num_inputs
+    check_tensor("packed", packed, (size,), _BF16)
+    check_tensor("out", out, (num_rows, num_outputs // 2 if activates else num_outputs), _OUT_DTYPES)
+    if bias is not None:
+        check_tensor("bias", bias, (num_outputs,), _BF16)
 
 
 def _check_attention(

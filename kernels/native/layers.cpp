@@ -118,14 +118,7 @@ EXPORT void silu_mul(const bf16* gate_up, int64_t stride_in, bf16* out, int64_t 
         for (int64_t i = 0; i < width; i += 16) {
             const __mmask16 mask = first(width - i);
             const __m512 g = load16(gate + i, mask), up = load16(gate + width + i, mask);
-            // g / (1 + 2^-|t|) for t = g log2(e), by 2^-|t| for a negative g: no power overflows.
-            const __m512 t = _mm512_mul_ps(g, _mm512_set1_ps(LOG2_E));
-            const __m512 power = exp2_16(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(t)));
-            const __mmask16 negative = _mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_LT_OQ);
-            const __m512 one = _mm512_set1_ps(1.0f);
-            const __m512 top = _mm512_mask_blend_ps(negative, one, power);
-            const __m512 share = _mm512_div_ps(top, _mm512_add_ps(one, power));
-            store16(out + row * stride_out + i, _mm512_mul_ps(_mm512_mul_ps(g, share), up), mask);
+            store16(out + row * stride_out + i, _mm512_mul_ps(silu16(g), up), mask);
         }
     }
 }

@@ -23,8 +23,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_SOURCES = ("attention.cpp", "layers.cpp")
-_HEADERS = ("simd.h",)
+_SOURCES = ("attention.cpp", "layers.cpp", "linear.cpp")
+_HEADERS = ("simd.h", "tiles.h")
 _NEEDED = ("avx512_bf16", "avx512_bw", "avx512_vl", "avx512_dq", "amx_tile", "amx_bf16")
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-fopenmp"),
@@ -40,6 +40,8 @@ _SIGNATURES = {
         *(_pointer, _int64, _pointer, _pointer, _int64, _pointer, _pointer, _pointer, _float),
         *(_pointer, _pointer, _pointer, _int64, _pointer, _int64, _int64, _int64, _int64, _int64),
     ],
+    "pack_linear": [_pointer, _pointer, _int64, _int64, _int64],
+    "linear": [_pointer, _int64, _pointer, _pointer, _pointer, *(_int64,) * 6],
     "paged_decode": [*(_pointer,) * 3, _int64, *(_pointer,) * 3, *(_int64,) * 6, _float],
     "paged_prefill": [*(_pointer,) * 3, _int64, *(_pointer,) * 4, *(_int64,) * 6, _float],
 }

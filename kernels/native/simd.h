@@ -34,9 +34,8 @@ static inline __mmask16 first(int64_t count) {
     return count >= 16 ? __mmask16(0xffff) : count <= 0 ? __mmask16(0) : __mmask16((1u << count) - 1);
 }
 
-// 2^x for x <= 0, relative error 4e-6: what it is used for is rounded to bfloat16 (4e-3). Below 2^-126 it is about 0.
-static inline __m512 exp2_16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-126.0f));
+// 2^x for finite x <= 0, relative error 4e-6: what it is used for is rounded to bfloat16 (4e-3).
+static inline __m512 exp2_finite16(__m512 x) {
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 rest = _mm512_sub_ps(x, whole);
     // Taylor series of 2^rest for |rest| <= 1/2.
@@ -48,4 +47,16 @@ static inline __m512 exp2_16(__m512 x) {
     return _mm512_scalef_ps(y, whole);
 }
 
+// The same for minus infinity, too: about 0.
+static inline __m512 exp2_16(__m512 x) { return exp2_finite16(_mm512_max_ps(x, _mm512_set1_ps(-126.0f))); }
+
 static constexpr float LOG2_E = 1.44269504f;
+
+// x / (1 + e^-x), by e^-|x|: no power overflows.
+static inline __m512 silu16(__m512 x) {
+    const __m512 power =
+        exp2_16(_mm512_mul_ps(_mm512_abs_ps(x), _mm512_set1_ps(-LOG2_E)));
+    const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_mul_ps(x, _mm512_div_ps(_mm512_mask_blend_ps(negative, one, power), _mm512_add_ps(one, power)));
+}

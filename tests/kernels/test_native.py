@@ -211,6 +211,57 @@ def test_wrong_arguments_are_refused() -> None:
         )  # fmt: skip
 
 
+@requires_amx
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 64), (80, 96), (960, 576)])
+def test_linear(num_rows: int, num_outputs: int, num_inputs: int) -> None:
+    """Few rows and many, whole blocks of rows and outputs and incomplete ones; with bias and without; both dtypes."""
+    wide = randn((num_rows, num_inputs + 8), BF16, CPU)
+    x, weight = wide[:, :num_inputs], randn((num_outputs, num_inputs), BF16, CPU, 2)
+    bias = randn((num_outputs,), BF16, CPU, 3)
+    packed = launch.pack_linear(weight)
+    expected = x.double() @ weight.double().T
+    out = torch.full((num_rows, num_outputs), torch.nan)
+    launch.linear(x, packed, out, num_outputs=num_outputs, bias=bias)
+    # Products of bfloat16 are exact in float32; what is rounded is their sum.
+    torch.testing.assert_close(out.double(), expected + bias.double(), rtol=1e-5, atol=1e-4)
+    rounded = torch.full((num_rows, num_outputs), torch.nan, dtype=BF16)
+    launch.linear(x, packed, rounded, num_outputs=num_outputs)
+    assert_near(rounded, expected, BF16)
+
+
+@requires_amx
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_gated_linear(num_rows: int) -> None:
+    x, weight = randn((num_rows, 64), BF16, CPU), randn((192, 64), BF16, CPU, 2)
+    packed = launch.pack_linear(weight, is_gated=True)
+    expected = x.double() @ weight.double().T
+    plain = torch.full((num_rows, 192), torch.nan, dtype=BF16)
+    launch.linear(x, packed, plain, num_outputs=192, is_gated=True)
+    assert_near(plain, expected, BF16)
+    activated = torch.full((num_rows, 96), torch.nan, dtype=BF16)
+    launch.linear(x, packed, activated, num_outputs=192, is_gated=True, activates=True)
+    assert_near(activated, reference.silu_mul(expected), BF16)
+
+
+@requires_amx
+def test_wrong_arguments_of_linear() -> None:
+    x, weight = torch.zeros((2, 64), dtype=BF16), torch.zeros((96, 64), dtype=BF16)
+    packed, out = launch.pack_linear(weight), torch.zeros((2, 96), dtype=BF16)
+    with pytest.raises(KernelArgumentError, match="no multiple of 32"):
+        launch.pack_linear(weight[:, :40].contiguous())
+    with pytest.raises(KernelArgumentError, match="not blocks of 32"):
+        launch.pack_linear(weight[:80], is_gated=True)
+    with pytest.raises(KernelArgumentError, match="packed has shape"):
+        launch.linear(x[:, :32], packed, out, num_outputs=96)
+    with pytest.raises(KernelArgumentError, match="out has shape"):
+        launch.linear(x, packed, out[:1], num_outputs=96)
+    with pytest.raises(KernelArgumentError, match="only gated weights"):
+        launch.linear(x, packed, out[:, :48].contiguous(), num_outputs=96, activates=True)
+    with pytest.raises(KernelArgumentError, match="bias has shape"):
+        launch.linear(x, packed, out, num_outputs=96, bias=weight[0])
+
+
 # ---- the library ----
 
 
