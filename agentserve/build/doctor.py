@@ -113,8 +113,19 @@ def _processor(processor: ProcessorFacts) -> Iterator[Finding]:
     features = ", ".join(processor.features) or "no matrix extensions that matter here"
     cores = f"{processor.num_cores} {'core' if processor.num_cores == 1 else 'cores'} for us"
     yield Finding("processor", Severity.OK, f"{processor.name}, {cores}; {features}")
-    if "amx_bf16" in processor.features:
-        yield Finding("processor", Severity.OK, "AMX: the CPU executor computes in bfloat16")
+    if "amx_bf16" in processor.features and processor.compiler is not None:
+        yield Finding(
+            "processor",
+            Severity.OK,
+            f"AMX: the CPU executor computes in bfloat16, with kernels that {processor.compiler} compiles once",
+        )
+    elif "amx_bf16" in processor.features:
+        yield Finding(
+            "processor",
+            Severity.NOTE,
+            "AMX, but no C++ compiler: the CPU executor computes in bfloat16 without our kernels, about half as fast",
+            "install g++ or clang++, or name a compiler in CXX",
+        )
     else:
         yield Finding(
             "processor", Severity.NOTE, "no AMX: the CPU executor computes in float32, prompts are slow there"

@@ -246,6 +246,7 @@ def _build_cpu(config: ServeConfig, source: ModelSource, report: Callable[[str],
         tiering=tiering,
         disk=disk_options(config, source),
     )
+    report(executor.attention.reason)
     dtype = str(model.dtype).removeprefix("torch.")
     shape = model_shape(model.config, model.dtype.itemsize)
     lora = lora_config(adapters, model.config, config.max_loras, "")

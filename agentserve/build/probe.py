@@ -30,6 +30,7 @@ from agentserve.executors.pytorch.devices.green_contexts import make_plan, read_
 from agentserve.executors.pytorch.devices.green_plan import DeviceFacts
 from agentserve.models.aliases import ALIASES
 from agentserve.models.registry import ModelSource, resolve_model
+from agentserve_kernels.native import compiler
 
 _SMI_QUERY = ("--query-gpu=uuid,driver_version,memory.free", "--format=csv,noheader,nounits")
 _SMI_TIMEOUT_S, _NVCC_TIMEOUT_S, _TORCH_TIMEOUT_S = 20.0, 20.0, 120.0
@@ -109,6 +110,8 @@ class ProcessorFacts:
     num_physical_cores: int | None
     features: tuple[str, ...]
     """Extensions that decide how fast it multiplies matrices."""
+    compiler: str | None
+    """The C++ compiler that would compile our kernels for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +215,8 @@ class SystemProbe:
         path = Path("/proc/cpuinfo")
         name, features = read_cpuinfo(path.read_text(encoding="utf-8") if path.is_file() else "")
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1
-        return ProcessorFacts(name or platform.processor() or "unknown", allowed, psutil.cpu_count(False), features)
+        cores = psutil.cpu_count(False)
+        return ProcessorFacts(name or platform.processor() or "unknown", allowed, cores, features, compiler.find())
 
     def memory(self) -> tuple[int, int]:
         memory = psutil.virtual_memory()

@@ -387,6 +387,9 @@ EXPORT int allow_tiles() {
     return int(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA));
 }
 
+// Threads that a kernel would have if the calling thread called it now.
+EXPORT int num_threads() { return omp_get_max_threads(); }
+
 // Both return 0, or -1 without memory for a workspace.
 
 EXPORT int paged_decode(const bf16* query, const bf16* k_pages, const bf16* v_pages, int64_t stride_block, bf16* out,

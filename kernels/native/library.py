@@ -13,13 +13,14 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+
+from agentserve_kernels.native import compiler
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,19 @@ def load() -> ctypes.CDLL:
         raise NativeBuildError(f"cannot load {path}: {error}") from error
     if library.allow_tiles() != 0:
         raise NativeBuildError("the operating system does not allow AMX tiles")
+    if not _shares_threads(library):
+        raise NativeBuildError("torch has an OpenMP runtime of its own, whose threads the kernels would not share")
     return library
+
+
+def _shares_threads(library: ctypes.CDLL) -> bool:
+    """Whether the kernels have the threads that torch gives a thread: else they would leave the cores of their slot."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        return bool(library.num_threads() == before + 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def cache_dir() -> Path:
@@ -86,16 +99,18 @@ def cache_dir() -> Path:
 
 def compiled(directory: Path) -> Path:
     """The library in `directory`, which is made if it is missing. Raises NativeBuildError."""
-    compiler = _compiler()
+    path = compiler.find()
+    if path is None:
+        raise NativeBuildError(f"no C++ compiler ({', '.join(compiler.wanted())})")
     here = Path(__file__).parent
     sources = [here / name for name in _SOURCES]
-    digest = hashlib.sha256(" ".join((compiler, _version(compiler), *_FLAGS)).encode())
+    digest = hashlib.sha256(" ".join((path, _run([path, "--version"]), *_FLAGS)).encode())
     for source in (*sources, *(here / name for name in _HEADERS)):
         digest.update(source.read_bytes())
     target = directory / f"native-{digest.hexdigest()[:16]}.so"
     if target.exists():
         return target
-    logger.info("compiling the CPU kernels with %s: some seconds, once", compiler)
+    logger.info("compiling the CPU kernels with %s: some seconds, once", path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=directory, suffix=".so")
@@ -104,26 +119,12 @@ def compiled(directory: Path) -> Path:
         raise NativeBuildError(f"no place for compiled kernels: {error}") from error
     unfinished = Path(name)
     try:
-        _run([compiler, *_FLAGS, *map(str, sources), "-o", name])
+        _run([path, *_FLAGS, *map(str, sources), "-o", name])
         # Whoever compiles at the same time ends with the same file; nobody ever loads half of one.
         unfinished.replace(target)
     finally:
         unfinished.unlink(missing_ok=True)
     return target
-
-
-def _compiler() -> str:
-    wanted = os.environ.get("CXX")
-    names = [wanted] if wanted else ["g++", "c++", "clang++"]
-    for name in names:
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    raise NativeBuildError(f"no C++ compiler ({', '.join(names)})")
-
-
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"])
 
 
 def _run(command: list[str]) -> str:

@@ -148,5 +148,6 @@ EXPORT void pack_linear(const bf16* weight, bf16* packed, int64_t num_outputs, i
 // Returns 0, or -1 without memory for a workspace.
 EXPORT int linear(const bf16* x, int64_t stride_x, const bf16* packed, const bf16* bias, void* out, int64_t stride_out,
                   int64_t num_rows, int64_t num_outputs, int64_t num_inputs, int64_t kind, int64_t is_float) {
+    if (num_rows == 0) return 0;
     return multiply_all({x, stride_x, packed, bias, out, stride_out, num_rows, num_outputs, num_inputs, kind, is_float != 0});
 }

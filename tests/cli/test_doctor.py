@@ -75,7 +75,7 @@ GREEN_H200 = green(H200, 8, 8, SplitFacts(8, 16, 4, True))
 GREEN_5090 = green(RTX_5090, 8, 8, None, driver_version=13010)
 HERE = DriverFacts("580.159.03", (13, 0), (H200,))
 TORCH = TorchFacts("2.11.0", "13.0", True, ARCHS)
-XEON = ProcessorFacts("Intel Xeon", 16, 8, ("avx2", "amx_bf16"))
+XEON = ProcessorFacts("Intel Xeon", 16, 8, ("avx2", "amx_bf16"), "/usr/bin/g++")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +161,20 @@ def test_a_complete_machine_with_a_gpu(gpu: GpuFacts, facts: GreenFacts, said: t
     capability = ".".join(map(str, gpu.compute_capability))
     assert severity == "ok" and f"{gpu.name}, compute capability {capability}, {gpu.compute_units} SMs" in text
     assert lines(diagnosis, "serve") == [("ok", "`serve` would run qwen2.5-7b on the GPU")]
+
+
+@pytest.mark.parametrize(
+    ("features", "compiler", "severity", "said"),
+    [
+        (("amx_bf16",), "/usr/bin/g++", "ok", "with kernels that /usr/bin/g++ compiles once"),
+        (("amx_bf16",), None, "note", "AMX, but no C++ compiler"),
+        (("avx2",), "/usr/bin/g++", "note", "no AMX: the CPU executor computes in float32"),
+    ],
+)
+def test_how_the_cpu_computes(features: tuple[str, ...], compiler: str | None, severity: str, said: str) -> None:
+    facts = dataclasses.replace(XEON, features=features, compiler=compiler)
+    _, (found, text) = lines(examine(processor_facts=facts), "processor")
+    assert found == severity and said in text
 
 
 def test_no_gpu_is_a_warning() -> None:

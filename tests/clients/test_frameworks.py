@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests.clients.harness import ANSWER, MODEL, QUESTION, RESULT, WEATHER, call, serve
@@ -79,11 +80,13 @@ async def test_langchain(tmp_path: Path, responses: bool, stream: bool) -> None:
     langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
     from_langchain = pytest.importorskip("langchain_core.messages")
 
-    async with serve(tmp_path, WEATHER) as daemon:
+    # With a client of ours, which is closed: its own stays open with the last connection.
+    async with serve(tmp_path, WEATHER) as daemon, openai.DefaultAsyncHttpxClient() as http:
         model = langchain_openai.ChatOpenAI(
             model=MODEL,
             base_url=f"{daemon.url}/v1",
             api_key="none",
+            http_async_client=http,
             max_retries=0,
             stream_usage=True,
             use_responses_api=responses,
@@ -115,8 +118,11 @@ async def test_langchain_structured_output(tmp_path: Path) -> None:
         "required": ["degrees"],
         "additionalProperties": False,
     }
-    async with serve(tmp_path, [{"reply": '{"degrees": 21}'}]) as daemon:
-        model = langchain_openai.ChatOpenAI(model=MODEL, base_url=f"{daemon.url}/v1", api_key="none", max_retries=0)
+    replies = [{"reply": '{"degrees": 21}'}]
+    async with serve(tmp_path, replies) as daemon, openai.DefaultAsyncHttpxClient() as http:
+        model = langchain_openai.ChatOpenAI(
+            model=MODEL, base_url=f"{daemon.url}/v1", api_key="none", http_async_client=http, max_retries=0
+        )
         bound = model.with_structured_output(schema, method="json_schema", strict=True)
         assert await bound.ainvoke(QUESTION) == {"degrees": 21}
 

@@ -25,6 +25,7 @@ from agentserve.executors.pytorch.executor import TorchExecutor
 from agentserve.models.interface import DecoderModel
 from agentserve.models.loader import load_model
 from agentserve.models.registry import resolve_model
+from agentserve_kernels.native.compiler import find
 from agentserve_kernels.native.library import cpu_obstacle
 from tests.contract.harness import Harness, TickingClock, chunk, greedy, spec
 from tests.models.builders import reference_logits, save_tiny_model
@@ -32,7 +33,7 @@ from tests.models.builders import reference_logits, save_tiny_model
 _OBSTACLE = cuda_obstacle()
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(_OBSTACLE is not None, reason=str(_OBSTACLE))]
 PLACES = ["cpu", pytest.param("cuda", marks=ON_GPU)]
-_NO_AMX = cpu_obstacle()
+_NO_AMX = cpu_obstacle() or (None if find() else "no C++ compiler")
 NATIVE = pytest.param("native", torch.bfloat16, marks=pytest.mark.skipif(_NO_AMX is not None, reason=str(_NO_AMX)))
 """The CPU with our C++ kernels."""
 BLOCK_SIZE, NUM_TOKENS = 16, 10

@@ -10,11 +10,11 @@ import torch
 
 from agentserve_kernels import reference
 from agentserve_kernels.checks import KernelArgumentError
-from agentserve_kernels.native import launch, library
+from agentserve_kernels.native import compiler, launch, library
 from agentserve_kernels.native.library import NativeBuildError
 from tests.kernels.builders import Cache, assert_near, make_cache, randn
 
-OBSTACLE = library.cpu_obstacle()
+OBSTACLE = library.cpu_obstacle() or (None if compiler.find() else "no C++ compiler")
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 requires_amx = pytest.mark.skipif(OBSTACLE is not None, reason=str(OBSTACLE))
@@ -212,7 +212,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 @requires_amx
-@pytest.mark.parametrize("num_rows", [1, 3, 16, 17, 32, 33, 70])
+@pytest.mark.parametrize("num_rows", [0, 1, 3, 16, 17, 32, 33, 70])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 64), (80, 96), (960, 576)])
 def test_linear(num_rows: int, num_outputs: int, num_inputs: int) -> None:
     """Few rows and many, whole blocks of rows and outputs and incomplete ones; with bias and without; both dtypes."""
@@ -316,6 +316,28 @@ def test_what_is_no_library_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mo
             library.load()
     finally:
         library.load.cache_clear()
+
+
+@requires_amx
+def test_kernels_have_the_threads_of_the_calling_thread() -> None:
+    kernels = library.load()
+    seen: list[int] = []
+
+    def count(num_threads: int) -> None:
+        torch.get_num_threads()  # the first call sets it to what any thread set last
+        torch.set_num_threads(num_threads)
+        seen.append(kernels.num_threads())
+
+    before = torch.get_num_threads()
+    try:
+        for num_threads in (1, 3):
+            thread = threading.Thread(target=count, args=(num_threads,))
+            thread.start()
+            thread.join()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 3]
+    assert kernels.num_threads() == before
 
 
 def test_machines_that_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
