@@ -126,6 +126,20 @@ class BatchShape:
         )
 
 
+@record
+class OpenPrompts:
+    """What a batch may read beside its decodes."""
+
+    num_tokens: int
+    """Of all prompts that can be read now."""
+    waited_ns: int
+    """For how long they can be, added up."""
+    decodes: BatchShape
+    """Of the batch."""
+    num_waiting: int
+    """Requests that wait for memory or for their turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """What one lane runs next."""

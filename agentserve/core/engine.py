@@ -38,6 +38,8 @@ from agentserve.core.slots import PartitionTable
 from agentserve.core.stats import EngineStats
 from agentserve.core.transfers import TierContents, TransferOutput
 
+_MOVES = (RequestAdmitted, RequestPreempted)
+
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
@@ -90,6 +92,8 @@ class EngineCore:
             self.memory.adapters = AdapterModule(config.lora, queue=self.memory.loads)
         self._scheduler = build_scheduler(config, self.memory, table, controller)
         self.agents = AgentRuntime(config, self.memory, seats or build_policies(config, None))
+        if self.agents.shapes_batches:
+            self._scheduler.shape_batch = self.agents.batch_tokens
         self._requests: dict[str, Request] = {}
         self._sequence = 0
         self._last_now_ns: int | None = None
@@ -192,8 +196,9 @@ class EngineCore:
             self._queue_released()
         num_events = len(events)
         batches = self._scheduler.schedule(now_ns, events)
-        agents.scheduled(events[num_events:])
-        self._has_told_policies = any(isinstance(e, RequestAdmitted | RequestPreempted) for e in events[num_events:])
+        moves = [event for event in events[num_events:] if isinstance(event, _MOVES)]
+        agents.scheduled(moves)
+        self._has_told_policies = bool(moves)
         failures = agents.settle(now_ns, self._scheduler)
         events += failures
         if failures and self._queue_released():

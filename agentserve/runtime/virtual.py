@@ -59,6 +59,8 @@ class VirtualDriver:
         """What the last step was given: the batches that had finished by then."""
         self._executor = executor
         self._predictable = executor if isinstance(executor, PredictableExecutor) else None
+        self._has_run = False
+        """Whether the last step was a run. Then the next one is not: what ended the run comes first."""
         self._arrivals: list[tuple[int, int, Command]] = []
         self._sequence = itertools.count()
 
@@ -70,15 +72,15 @@ class VirtualDriver:
 
     def step(self) -> StepResult | None:
         """Jumps to the next moment at which something happens and makes one step; None when all is done."""
-        wakes = [self._executor.next_completion_ns(), self.core.next_deadline_ns()]
-        if self._arrivals:
-            wakes.append(self._arrivals[0][0])
-        known = [wake for wake in wakes if wake is not None]
-        if not known:
+        wake_ns = self._executor.next_completion_ns()
+        for other_ns in (self.core.next_deadline_ns(), self._arrivals[0][0] if self._arrivals else None):
+            if other_ns is not None and (wake_ns is None or other_ns < wake_ns):
+                wake_ns = other_ns
+        if wake_ns is None:
             if self.core.has_unfinished:
                 raise EngineError("requests are unfinished, but nothing will ever wake the engine")
             return None
-        now_ns = max(min(known), self.clock.now_ns())
+        now_ns = max(wake_ns, self.clock.now_ns())
         self.clock.advance_to(now_ns)
         completions = self._executor.poll(now_ns)
         self.last_completions = tuple(output for output in completions if isinstance(output, BatchOutput))
@@ -97,12 +99,14 @@ class VirtualDriver:
 
         The same happens at the same times; only an executor that knows beforehand what it will do makes it faster.
         """
-        if self._predictable is not None:
+        if self._predictable is not None and not self._has_run:
             result = run_decodes(self.core, self._predictable, self._arrivals[0][0] if self._arrivals else None)
             if result is not None and result.run is not None:
                 self.clock.advance_to(result.run.ends_ns[-1])
                 self.last_completions = ()
+                self._has_run = True
                 return result
+        self._has_run = False
         return self.step()
 
     def run(self) -> list[StepResult]:

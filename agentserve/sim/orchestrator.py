@@ -27,8 +27,9 @@ from agentserve.core.events import (
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.runtime.virtual import VirtualDriver
-from agentserve.sim.blocks import VOCABULARY, tokens_of_blocks
+from agentserve.sim.blocks import random_tokens, tokens_of_blocks
 from agentserve.sim.cluster import Cluster, InstanceStep
+from agentserve.sim.collector import rare_collections
 from agentserve.sim.metrics import TurnRecord
 from agentserve.sim.programs import Program, Turn, Workload
 from agentserve.sim.residency import Residency, ResidencyMeter, occupancy_of
@@ -74,7 +75,8 @@ def simulate(
     EngineError if the engine stops before all is done.
     """
     engines = driver if isinstance(driver, Cluster) else _Alone(driver)
-    return _Orchestrator(workload, engines, max_batches, on_turn, fast_forward).run()
+    with rare_collections():
+        return _Orchestrator(workload, engines, max_batches, on_turn, fast_forward).run()
 
 
 class _Alone:
@@ -140,7 +142,7 @@ class _Stream:
         """A new list of the first tokens."""
         if num_tokens > len(self._tokens):
             # One draw a token: how many were drawn at a time makes no difference.
-            self._tokens += self._random.choices(VOCABULARY, k=num_tokens - len(self._tokens))
+            self._tokens += random_tokens(self._random, num_tokens - len(self._tokens))
         return self._tokens[:num_tokens]
 
 
@@ -293,7 +295,7 @@ class _Orchestrator:
             session.history += tokens_of_blocks(turn.block_ids, program.block_tokens, turn.append_tokens)
         else:
             num_new = turn.append_tokens - (program.prefix_tokens if session.turn_index == 0 else 0)
-            session.history += session.random.choices(VOCABULARY, k=num_new)
+            session.history += random_tokens(session.random, num_new)
         session.sent_ns = at_ns - self._start_ns
         session.num_prompt_tokens = len(session.history)
         session.token_ns = []

@@ -43,6 +43,8 @@ class SpanKeeper:
 
     def take(self, step: InstanceStep) -> None:
         """Looks at a step of the instance."""
+        if self._num_left == 0 and not self._scheduled:
+            return
         if step.result.run is not None:
             self._take_run(step.result.run)
         for output in step.completions:

@@ -142,15 +142,20 @@ class Play:
             self._agents[name] = _Agent(client, Conversation(program, self._calibration, str(self._world.seed)))
         for step in self._world.steps():
             started_s = time.monotonic()
-            calls = [asyncio.create_task(self._call(name)) for name in step.calls]
-            await asyncio.sleep(0)
-            if self._says_distances:
-                # Said while the calls are open: it holds from their ends on.
-                await self._say(http, step)
-            self.calls.append(list(await asyncio.gather(*calls)))
+            self.calls.append(list(await asyncio.gather(*(self._agent_step(http, name, step) for name in step.calls))))
             self.step_ms.append((time.monotonic() - started_s) * 1e3)
             # Longer where the world has taken several steps before somebody calls again.
             await asyncio.sleep(step.gap_ms / GAP_MS * self._world.gap_ms / 1e3)
+
+    async def _agent_step(self, http: aiohttp.ClientSession, name: str, step: WorldStep) -> Call:
+        """A call, and how far the next one is: with the answer it is known what the agent does until then.
+
+        Not said before: it might reach the engine before the call itself, which would use it up.
+        """
+        call = await self._call(name)
+        if self._says_distances:
+            await self._say(http, {other: distance for other, distance in step.distances if other == name})
+        return call
 
     async def _call(self, name: str) -> Call:
         agent = self._agents[name]
@@ -163,9 +168,9 @@ class Play:
         agent.turn_index += 1
         return call
 
-    async def _say(self, http: aiohttp.ClientSession, step: WorldStep) -> None:
+    async def _say(self, http: aiohttp.ClientSession, distances: Mapping[str, float]) -> None:
         url = self._base_url.removesuffix("/v1") + "/agentserve/distances"
-        async with http.post(url, json={"agents": dict(step.distances)}) as answer:
+        async with http.post(url, json={"agents": distances}) as answer:
             if answer.status != 200:
                 raise EndpointError(f"POST {url} was answered with {answer.status}: {await answer.text()}")
 

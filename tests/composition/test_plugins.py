@@ -84,7 +84,7 @@ def test_one_policy_may_have_several_seats() -> None:
     name = f"{HERE}:OneProgram"
     driver = simulation.build_driver(header(policy=name, order=name, admission=name, protect_anchors=False))
     agents = driver.core.agents
-    assert len(agents._policies) == 1
+    assert len(agents._hooks.policies) == 1
 
 
 def test_it_may_be_told_what_it_is_made_with() -> None:

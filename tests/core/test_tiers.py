@@ -99,6 +99,21 @@ def test_a_load_competes_with_those_before_it_on_the_link() -> None:
     assert found["d"].stats.first_scheduled_ns == 1019 * MS
 
 
+@pytest.mark.parametrize(("num_before", "num_cached"), [(0, 0), (20, 36)])
+def test_what_is_computed_instead_waits_for_the_device(num_before: int, num_cached: int) -> None:
+    driver = virtual(num_blocks=32, max_model_len=128, tiering=tiers(64))
+    prompts = {name: tuple(range(100 * index, 100 * index + 40)) for index, name in enumerate("ax")}
+    for name, prompt in prompts.items():
+        driver.at(0, submit(name, prompt, max_tokens=1))
+    driver.at(300 * MS, submit("b", 125, max_tokens=1))
+    if num_before:
+        driver.at(1000 * MS, submit("n", num_before, max_tokens=1))
+    driver.at(1000 * MS, submit("c", prompts["a"], max_tokens=1))
+    driver.at(1000 * MS, submit("d", prompts["x"], max_tokens=1))
+    # The 9 blocks of `d` come behind those of `c`, after 1 + 18 * 2 = 37 ms; to compute them takes 36, behind others.
+    assert ends(driver)["d"].stats.num_cached_tokens == num_cached
+
+
 def test_on_evict_copies_only_what_has_to_leave_and_who_needs_the_room_waits() -> None:
     driver = returning(tiers(64, write_back="on_evict"))
     found = ends(driver)

@@ -161,7 +161,9 @@ def test_runs_on_a_device_that_is_not_as_predicted(
 def decode_steps(draw: st.DrawFn) -> DecodeSteps:
     """Batches that take what is predicted, or not, beside a lane that is busy or idle, with prompts to read or none."""
     num_decodes, is_shared = draw(st.integers(1, 5)), draw(st.booleans())
-    shape = BatchShape(num_decodes, num_decodes * draw(st.integers(1, 600)), num_samples=num_decodes)
+    # A plan is made anew after some decisions, and when the mean context passes a multiple of 256.
+    context = num_decodes * draw(st.integers(1, 600) | st.integers(240, 256)) + draw(st.integers(0, 4))
+    shape = BatchShape(num_decodes, context, num_samples=num_decodes)
     partition = SlotPartition(8, 8, PartitionKind.STREAM if is_shared else PartitionKind.WHOLE)
     chunk = ScheduledChunk("r", WorkClass.DECODE, 0, (1,), (0,), None)
     batch = Batch(0, Lane.DECODE, partition, draw(st.sampled_from([is_shared, is_shared, not is_shared])), (chunk,))
@@ -169,8 +171,9 @@ def decode_steps(draw: st.DrawFn) -> DecodeSteps:
     durations = cost_model().decode_durations(shape, partition, is_shared, count)
     delays = draw(st.one_of(st.just([0] * count), st.lists(st.integers(-MS, MS), min_size=count, max_size=count)))
     ends = accumulate([took + late for took, late in zip(durations, delays, strict=True)], initial=started_ns)
-    pending = draw(st.sampled_from([0, 0, 40]))
-    signal = ControlSignal(started_ns, shape, 0, pending, 0, 0, 0, started_ns - 5 * MS if pending else None)
+    pending, resume = draw(st.sampled_from([0, 0, 40])), draw(st.sampled_from([0, 0, 25]))
+    oldest_ns = started_ns - 5 * MS if pending + resume else None
+    signal = ControlSignal(started_ns, shape, resume, pending, 0, 0, 0, oldest_ns)
     return DecodeSteps(batch, shape, started_ns, list(ends)[1:], is_shared, signal)
 
 

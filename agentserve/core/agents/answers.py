@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import MutableMapping
-from weakref import WeakKeyDictionary
 
-from agentserve.core.agents.registry import Session
+from agentserve.core.agents.registry import MAX_SESSIONS, Session
 from agentserve.core.request import Request
 
 MIN_REUSE = 0.2
@@ -21,11 +19,12 @@ class AnswerReuse:
 
     def __init__(self) -> None:
         self._rates: OrderedDict[str, float] = OrderedDict()
-        self._num_prompt_tokens: MutableMapping[Session, int] = WeakKeyDictionary()
+        self._num_prompt_tokens: OrderedDict[str, int] = OrderedDict()
+        """Of the last call that ended, by session."""
 
     def asked(self, session: Session, agent: str, request: Request) -> None:
         """A call has come: looks at the first block behind the prompt before."""
-        num_tokens, path = self._num_prompt_tokens.get(session), session.blocks.path
+        num_tokens, path = self._num_prompt_tokens.get(session.session_id), session.blocks.path
         if num_tokens is None or not path:
             return
         size = len(path[0].key)
@@ -42,7 +41,11 @@ class AnswerReuse:
 
     def answered(self, session: Session, request: Request) -> None:
         """A call has ended."""
-        self._num_prompt_tokens[session] = request.num_prompt_tokens
+        known = self._num_prompt_tokens
+        known[session.session_id] = request.num_prompt_tokens
+        known.move_to_end(session.session_id)
+        if len(known) > MAX_SESSIONS:
+            known.popitem(last=False)
 
     def come_back(self, agent: str) -> bool:
         """Whether what an agent has been answered is worth keeping."""

@@ -9,8 +9,11 @@ The rules, for an agent with the distance D:
   than any number.
 - A call that comes shows that the application has got further: everybody who waits comes nearer by the D that it had,
   but by no more than the D of the nearest one of them. A call that was not due thus moves nobody past his turn.
+- Who does not call when his turn has come is late, or never calls again. He holds the others back until `MAX_EARLY`
+  times as many have called ahead of their turns as are missing: then it is not they who are early. After that nobody
+  waits for him any more.
 
-All distances are kept as positions on a line, with the point that has been reached, so the last rule is one addition.
+All distances are kept as positions on a line, with the point that has been reached, so to come nearer is one addition.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from agentserve.core.agents.registry import Session
 
 MAX_AGENTS = 65_536
 """Agents whose distances are remembered; those told longest ago are forgotten first."""
+MAX_EARLY = 2
+"""Agents that are taken to be early for each one that may be late."""
 _START = 1.0
 """The line's beginning: above 0, which is the place of those who wait."""
 _MIN_COMPACTION = 64
@@ -47,9 +52,16 @@ class DistanceBook:
         """By agent; who was told longest ago that something has changed comes first."""
         self._sessions: dict[str, tuple[ref[Session], ...]] = {}
         self._nearest: list[Place] = []
-        """A heap of the positions of agents without open calls; an entry is outdated when the position differs."""
+        """A heap of the positions of agents without open calls; an entry is outdated when the position differs. Those
+        whose turn has come are not in it."""
         self._new: list[Place] = []
         """What is not in the heap yet."""
+        self._due: set[str] = set()
+        """Agents without open calls whose turn has come, and without whom nobody comes nearer."""
+        self._ahead: dict[str, float] = {}
+        """Agents whose last call came before its turn, and the position of that."""
+        self._ahead_heap: list[Place] = []
+        """The same as a heap; an entry is outdated when the position differs."""
         self._num_open: dict[str, int] = {}
         self._max_named = 2 * MAX_AGENTS
         """With more names than that, those without a session are forgotten."""
@@ -89,11 +101,14 @@ class DistanceBook:
                 continue
             if before is not None:
                 del positions[agent]  # it is among the last to be forgotten now
+                self._due.discard(agent)
             positions[agent] = position
             if agent not in num_open:
                 moved.append((position, agent))
         while len(positions) > MAX_AGENTS:
-            del positions[next(iter(positions))]
+            forgotten = next(iter(positions))
+            del positions[forgotten]
+            self._due.discard(forgotten)
         self._new += moved
         if len(self._new) > _MIN_COMPACTION + 2 * len(positions):
             self._new = self._current(self._new)
@@ -101,13 +116,12 @@ class DistanceBook:
 
     def began(self, agent: str, session: Session) -> None:
         """A call has come."""
+        position = self._positions.pop(agent, None)
         if agent not in self._num_open:
-            advance = self.distance(agent)
             self._num_open[agent] = 0
-            if math.isfinite(advance):
-                self.reached += min(advance, self._nearest_distance())
+            if position is not None:
+                self._called(agent, position)
         self._num_open[agent] += 1
-        self._positions.pop(agent, None)
         known = self._sessions.get(agent, ())
         if not any(other() is session for other in known):
             self._sessions[agent] = (*(other for other in known if other() is not None), ref(session))
@@ -137,16 +151,46 @@ class DistanceBook:
             heap[:] = self._current(heap)
             heapq.heapify(heap)
 
-    def _nearest_distance(self) -> float:
-        """The smallest D of an agent without open calls; infinite if there is none."""
+    def _called(self, agent: str, position: float) -> None:
+        """A call has come of an agent that was expected there: how far the application has got by that."""
+        self._due.discard(agent)
+        self._ahead.pop(agent, None)
+        if position <= self.reached:
+            return
+        self._ahead[agent] = position
+        heapq.heappush(self._ahead_heap, (position, agent))
+        if len(self._ahead_heap) > _MIN_COMPACTION + 2 * len(self._ahead):
+            self._ahead_heap = sorted((position, agent) for agent, position in self._ahead.items())
+        nearest = self._nearest_position()
+        while self._ahead and len(self._ahead) > MAX_EARLY * len(self._due):
+            self.reached = min(nearest, self._first_ahead())
+            self._due.clear()
+            while self._ahead and self._first_ahead() <= self.reached:
+                del self._ahead[heapq.heappop(self._ahead_heap)[1]]
+            nearest = self._nearest_position()
+
+    def _is_ahead(self, place: Place) -> bool:
+        return self._ahead.get(place[1]) == place[0]
+
+    def _first_ahead(self) -> float:
+        """The position of the call that was the least ahead of its turn. There must be one."""
+        while not self._is_ahead(self._ahead_heap[0]):
+            heapq.heappop(self._ahead_heap)
+        return self._ahead_heap[0][0]
+
+    def _nearest_position(self) -> float:
+        """Whose turn comes next; infinite: nobody's. Notes those whose turn has come."""
         add_places(self._nearest, self._new)
         self._new.clear()
         if len(self._nearest) > _MIN_COMPACTION + 2 * len(self._positions):
             self._nearest = self._current(self._nearest)
             heapq.heapify(self._nearest)
         while self._nearest:
-            if self.is_at(self._nearest[0]):
-                return max(0.0, self._nearest[0][0] - self.reached)
+            position, agent = self._nearest[0]
+            if self.is_at((position, agent)):
+                if position > self.reached:
+                    return position
+                self._due.add(agent)
             heapq.heappop(self._nearest)
         return math.inf
 

@@ -70,7 +70,7 @@ POLICIES: Mapping[str, PolicyFactory] = MappingProxyType(
         "transition": lambda context: Transition(
             predicts=context.predicts, prefetches=context.prefetch_distance > 0 and context.swap_ns is not None
         ),
-        "invocation_distance": lambda context: InvocationDistance(context.prefetch_distance),
+        "invocation_distance": lambda context: InvocationDistance(context.prefetch_distance, context.costs),
         "evict_always": lambda _: EvictAlways(),
         "ttl": lambda context: Ttl(context.registry, context.known_costs()),
         "continuum": lambda context: Continuum(context.registry, context.known_costs()),
@@ -99,6 +99,7 @@ class Seats:
     order: Policy | None = None
     admission: Policy | None = None
     speculation: Policy | None = None
+    shaping: Policy | None = None
 
 
 def build_policies(
@@ -141,4 +142,5 @@ def build_policies(
         order if config.order == "default" else make(config.order),
         None if config.admission == "none" else make(config.admission),
         None if config.speculate == "none" else make(config.speculate),
+        retention if retention is not None and type(retention).batch_tokens is not Policy.batch_tokens else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from agentserve.core.agents.policy import Action, Policy
@@ -29,12 +29,14 @@ class Isolation:
         try:
             return question(*arguments)
         except Exception as error:  # noqa: BLE001  # whatever it is: it is not the engine's
-            self._fail(policy, error)
-            return default
+            return self.raised(policy, error, default)
 
-    def actions(self, policy: Policy, now_ns: int) -> tuple[Action, ...]:
+    def actions(self, policy: Policy, act: Callable[[int], Iterable[Action]], now_ns: int) -> Sequence[Action]:
         """What a policy wants done; a generator runs to its end here, where it may raise."""
-        return self.ask(policy, (), lambda: tuple(policy.act(now_ns)))
+        try:
+            return tuple(act(now_ns))
+        except Exception as error:  # noqa: BLE001  # as above
+            return self.raised(policy, error, ())
 
     def block_key(self, policy: Policy) -> Callable[[RadixNode], Key]:
         """What a policy says of single blocks."""
@@ -44,14 +46,15 @@ class Isolation:
             try:
                 return score(node)
             except Exception as error:  # noqa: BLE001  # as above
-                self._fail(policy, error)
-                return lru_key(node)
+                return self.raised(policy, error, lru_key(node))
 
         return key if type(policy).score_block is not Policy.score_block else lru_key
 
-    def _fail(self, policy: Policy, error: Exception) -> None:
+    def raised(self, policy: Policy, error: Exception, default: _T) -> _T:
+        """Notes what a policy has raised; `default` is its answer."""
         self._counts["failures"] += 1
         name = self._name_of(policy)
         if name not in self.failures:
             self.failures[name] = f"{type(error).__name__}: {error}"
             self.failed[name] = policy
+        return default

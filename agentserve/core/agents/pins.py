@@ -32,7 +32,9 @@ class PinTimers:
 
     def pop_expired(self, now_ns: int) -> list[Session]:
         """Sessions whose pins have ended, in this order."""
-        expired = []
-        while (due_ns := self.next_ns()) is not None and due_ns <= now_ns:
-            expired.append(heapq.heappop(self._timers)[2])
+        expired, timers = [], self._timers
+        while timers and timers[0][0] <= now_ns:
+            until_ns, pin_id, session = heapq.heappop(timers)
+            if session.pin_id == pin_id and session.pinned_until_ns == until_ns:
+                expired.append(session)
         return expired

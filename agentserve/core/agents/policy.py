@@ -14,9 +14,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 from agentserve.core.agents.registry import AgentRegistry, Session
+from agentserve.core.batch import OpenPrompts
 from agentserve.core.events import SetDistances
 from agentserve.core.memory.eviction import Key, Rank, lru_key
 from agentserve.core.memory.radix import RadixNode
@@ -32,8 +33,7 @@ class TurnKind(StrEnum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True)
-class TurnEvent:
+class TurnEvent(NamedTuple):
     """Something happened to a call. The session has its new state already."""
 
     kind: TurnKind
@@ -88,9 +88,11 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Frees the private blocks of a session that nobody holds."""
+    """Frees the private blocks of a session that nobody holds, the ends of its branches first."""
 
     session: Session
+    max_blocks: int | None = None
+    """At most so many of them. None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +167,9 @@ class Admit:
     request_id: str
 
 
-Action: TypeAlias = (
-    Pin | Drop | Supersede | Demote | Rescore | Rate | RescoreAnchor | Prefetch | PlaceAdapter | Reprioritize | Admit
-)
+RetentionAction: TypeAlias = Pin | Drop | Supersede | Demote | Rescore | Rate | RescoreAnchor | PlaceAdapter
+"""What is done with the memory."""
+Action: TypeAlias = RetentionAction | Prefetch | Reprioritize | Admit
 
 
 class Policy:
@@ -187,7 +189,8 @@ class Policy:
 
     @property
     def is_behind(self) -> bool:
-        """Whether `act` has more to say: after it said something it is called again at once, in a step of its own."""
+        """Whether `act` has more to do: then it is called again at once, in a step of its own. So a policy that learns
+        or rates a lot does a bounded part of it in each step. It must come to an end."""
         return False
 
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
@@ -198,7 +201,8 @@ class Policy:
         return False
 
     def observe(self, event: TurnEvent) -> None:
-        """Called for everything that happens to a call, in order."""
+        """Called for everything that happens to a call, in order: at once when a call has come, and before anything
+        else that is asked or said meanwhile. Of the other events of a step some may come after the next `act`."""
 
     def tool_called(self, session: Session, now_ns: int) -> None:
         """It is known now which tool an idle session runs: answers are read when `FINISHED` was told already."""
@@ -239,6 +243,13 @@ class Policy:
         instance of its own, which sees no events: `--safety`.
         """
         return None
+
+    def batch_tokens(self, prompts: OpenPrompts) -> int:
+        """Batch shaping: how many tokens of prompts a batch is to read. 0: none this time, if it has decodes.
+
+        Prompts are not cut for that: the first one is read in any case, the others as far as they fit.
+        """
+        return prompts.num_tokens
 
     def speculates(self, session: Session, start: int, num_missing: int, now_ns: int) -> int:
         """Speculation: how many tokens of an idle session's next prompt are to be computed in one piece; 0: none.

@@ -57,7 +57,8 @@ class PrefetchQueue:
             if state == self._refused or not prefetches.has_room(session.blocks.group.key):
                 return
             # Those that cannot be admitted now get their memory first, else they would throw out what was loaded.
-            outcome = prefetches.start(session.blocks, distance, state[1] - num_claimed_blocks())
+            room = state[1] - num_claimed_blocks()
+            outcome = prefetches.start(session.blocks, distance, room, num_kept_free=num_calls)
             if outcome is PrefetchOutcome.NO_ROOM:
                 self._refused = state
                 return
@@ -72,5 +73,6 @@ class PrefetchQueue:
             place = self._distances.get(blocks.session_id)
             session = self._registry.sessions.get(blocks.session_id)
             if place is not None and session is not None and session.is_idle:
-                self.add(session, place[0])
+                # In its old place: the adapters come in the same order, and a call needs both.
+                heapq.heappush(self._heap, (*place, session))
         losers.clear()

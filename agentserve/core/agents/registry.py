@@ -7,9 +7,8 @@ belongs to the session whose history it goes on with.
 from __future__ import annotations
 
 import bisect
-import itertools
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from agentserve.core.events import HUMAN, Foresight
@@ -93,60 +92,85 @@ class Session:
 
 @dataclass(slots=True)
 class GapSamples:
-    """The latest gaps of one tool, in nanoseconds: from the end of a turn to the arrival of the next one."""
+    """The latest gaps of one tool, in nanoseconds: from the end of a turn to the arrival of the next one.
 
-    latest: deque[int] = field(default_factory=deque)
-    ascending: list[int] = field(default_factory=list)
-    total: int = 0
+    Every call adds one, and hardly any policy asks: a gap costs O(1), and what they say about times to wait is worked
+    out by `refresh`.
+    """
+
+    latest: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_GAPS))
     _candidates_ns: list[int] = field(default_factory=lambda: [0])
     _thresholds_ns: list[float] = field(default_factory=list)
     _num_new: int = 0
+    _points: list[tuple[int, int]] = field(default_factory=list)
+    """Half way through `refresh`: gaps, and how many are as short."""
+
+    @property
+    def ascending(self) -> list[int]:
+        """The gaps in order. O(n log n)."""
+        return sorted(self.latest)
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether `refresh` is due: one in 16 gaps is new, or any if there are few."""
+        return 16 * self._num_new >= len(self.latest) > 0
 
     def best_wait_ns(self, benefit_ns: float) -> int:
         """The time that maximizes `P(gap <= time) * benefit_ns - time`, over 0 and the gaps that were seen.
 
-        Of equal ones the shortest. With many gaps only `_MAX_CANDIDATES` of them are tried, evenly by rank. Which can
-        be the best is worked out anew when one in 16 of them is new, or any if there are few; the answer then takes
-        O(log n).
+        Of equal ones the shortest. With many gaps only `_MAX_CANDIDATES` of them are tried, evenly by rank. This takes
+        O(log n) and is as of the last `refresh`, for which who asks finds a quiet time while `is_stale`; it is done
+        here if there are few gaps, or a quarter of them is new.
         """
-        if 16 * self._num_new >= len(self.ascending) > 0:
-            self._rebuild()
+        num = len(self.latest)
+        if 16 * self._num_new >= num > 0 and (num <= _MAX_CANDIDATES or 4 * self._num_new >= num):
+            self.refresh()
         return self._candidates_ns[bisect.bisect_left(self._thresholds_ns, benefit_ns)]
 
-    def _rebuild(self) -> None:
-        """The upper hull of the points (gap, how many are as short): the best one is where its slope is `benefit`."""
-        gaps_ns, counts = [0], [0]
-        num = len(self.ascending)
+    def refresh(self) -> None:
+        """Works out anew what the gaps say about times to wait."""
+        while not self.refresh_more():
+            pass
+
+    def refresh_more(self) -> bool:
+        """Does one of the two halves of `refresh`; whether that is done."""
+        if self._points:
+            self._candidates_ns, self._thresholds_ns = _upper_hull(self._points)
+            self._points = []
+            return True
+        ascending = self.ascending
+        num = len(ascending)
         every = -(-num // _MAX_CANDIDATES)
-        for count in (*range(every, num, every), num):
-            gap_ns = self.ascending[count - 1]
-            while len(gaps_ns) > 1 and (gap_ns - gaps_ns[-1]) * (counts[-1] - counts[-2]) <= (
-                gaps_ns[-1] - gaps_ns[-2]
-            ) * (count - counts[-1]):
-                gaps_ns.pop()
-                counts.pop()
-            gaps_ns.append(gap_ns)
-            counts.append(count)
-        steps = zip(itertools.pairwise(gaps_ns), itertools.pairwise(counts), strict=True)
-        self._candidates_ns = gaps_ns
-        self._thresholds_ns = [(after - before) * num / (c - b) for (before, after), (b, c) in steps]
+        self._points = [(ascending[count - 1], count) for count in (*range(every, num, every), num)]
         self._num_new = 0
+        return False
 
     def add(self, gap_ns: int) -> None:
         """Takes a gap; the oldest one goes when there are too many."""
-        if len(self.latest) == _MAX_GAPS:
-            oldest = self.latest.popleft()
-            del self.ascending[bisect.bisect_left(self.ascending, oldest)]
-            self.total -= oldest
         self.latest.append(gap_ns)
-        bisect.insort(self.ascending, gap_ns)
         self._num_new += 1
-        self.total += gap_ns
 
     @property
     def mean_ns(self) -> float:
-        """Raises ZeroDivisionError if there is none."""
-        return self.total / len(self.latest)
+        """O(n). Raises ZeroDivisionError if there is none."""
+        return sum(self.latest) / len(self.latest)
+
+
+def _upper_hull(points: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
+    """Which of these gaps can be the best time to wait, and from which benefit on: where the hull's slope is that."""
+    num = points[-1][1]
+    gaps_ns, counts, thresholds_ns = [0], [0], list[float]()
+    for gap_ns, count in points:
+        threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
+        while thresholds_ns and threshold_ns <= thresholds_ns[-1]:
+            thresholds_ns.pop()
+            gaps_ns.pop()
+            counts.pop()
+            threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
+        gaps_ns.append(gap_ns)
+        counts.append(count)
+        thresholds_ns.append(threshold_ns)
+    return gaps_ns, thresholds_ns
 
 
 class GapStatistics:
@@ -172,10 +196,9 @@ class GapStatistics:
     def of(self, tool_name: str | None, min_samples: int) -> GapSamples | None:
         """The gaps of a tool, of all tools if there are fewer than `min_samples`, None if there are too few even so."""
         samples = None if tool_name is None else self._by_tool.get(tool_name)
-        for candidate in (samples, None if tool_name == HUMAN else self.overall):
-            if candidate is not None and len(candidate.latest) >= min_samples:
-                return candidate
-        return None
+        if samples is not None and len(samples.latest) >= min_samples:
+            return samples
+        return self.overall if tool_name != HUMAN and len(self.overall.latest) >= min_samples else None
 
 
 class AgentRegistry:
@@ -190,18 +213,23 @@ class AgentRegistry:
         self._num_programs = 0
 
     def open(
-        self, session_id: str, program_id: str, agent_id: str | None, now_ns: int, group: EvictionGroup
-    ) -> tuple[Session, list[Session]]:
-        """The session, new if need be with `group` for its blocks, and the sessions that were forgotten for it."""
+        self,
+        session_id: str,
+        program_id: str,
+        agent_id: str | None,
+        now_ns: int,
+        make_group: Callable[[], EvictionGroup],
+    ) -> tuple[Session, Sequence[Session]]:
+        """The session, new if need be with a group for its blocks, and the sessions that were forgotten for it."""
         session = self.sessions.get(session_id)
-        forgotten: list[Session] = []
+        forgotten: Sequence[Session] = ()
         if session is None:
             program = self.programs.get(program_id)
             if program is None:
                 self._num_programs += 1
                 program = self.programs[program_id] = Program(program_id, now_ns, self._num_programs)
             program.num_sessions += 1
-            session = Session(session_id, program, SessionBlocks(session_id, group), agent_id)
+            session = Session(session_id, program, SessionBlocks(session_id, make_group()), agent_id)
             self.sessions[session_id] = session
             forgotten = self._forget_idle()
         self.sessions.move_to_end(session_id)

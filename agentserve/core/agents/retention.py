@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 from agentserve.config import EngineConfig
 from agentserve.core.agents.isolation import Isolation
 from agentserve.core.agents.pins import PinTimers
-from agentserve.core.agents.policy import Demote, Drop, Policy, Supersede
+from agentserve.core.agents.policy import (
+    Demote,
+    Drop,
+    Pin,
+    PlaceAdapter,
+    Policy,
+    Rate,
+    Rescore,
+    RescoreAnchor,
+    RetentionAction,
+    Supersede,
+)
 from agentserve.core.agents.registry import AgentRegistry, Session
 from agentserve.core.memory.eviction import Key, Rank
 from agentserve.core.memory.manager import MemoryManager
@@ -31,9 +43,11 @@ class RetentionSeat:
         self.policy = policy
         self._memory = memory
         self._registry = registry
-        self._ask = isolation.ask
+        self._isolation = isolation
         self._counts = counts
         self._pins = PinTimers()
+        self._changed: dict[Session, Key] = {}
+        """What sessions are worth to which something has happened: their blocks move once in a step."""
         if policy is not None:
             memory.use_policy(
                 isolation.block_key(policy),
@@ -46,6 +60,7 @@ class RetentionSeat:
     def replace(self) -> None:
         """The policy has failed: blocks belong to no session any more, and those used longest ago go first."""
         self.policy = None
+        self._changed.clear()
         self._registry.anchors.clear()
         self._memory.use_lru()
         for session in self._registry.sessions.values():
@@ -55,23 +70,58 @@ class RetentionSeat:
 
     # ---- worth ----
 
+    @property
+    def rates_sessions(self) -> bool:
+        """Whether sessions compete by what the policy says of them."""
+        return self.policy is not None and not self.policy.scores_blocks
+
     def rescore(self, session: Session, now_ns: int) -> None:
-        """Asks what a session is worth."""
+        """Asks what a session is worth; `settle` tells the memory."""
         policy = self.policy
         if policy is not None and not policy.scores_blocks:
-            self.rate(session, self._ask(policy, _NO_KEY, policy.score, session, now_ns))
+            try:
+                self._changed[session] = policy.score(session, now_ns)
+            except Exception as error:  # noqa: BLE001  # see `Isolation.ask`: a call less for each event
+                self._changed[session] = self._isolation.raised(policy, error, _NO_KEY)
+
+    def settle(self) -> None:
+        """Moves the blocks of sessions that are worth something else to their places. To be called before anything is
+        evicted, and at the end of a step."""
+        if self._changed:
+            for session, key in self._changed.items():
+                self.rate(session, key)
+            self._changed.clear()
 
     def rate(self, session: Session, key: Key) -> None:
         """Takes what a session is worth."""
         is_pinned = session.pinned_until_ns is not None
-        rank = Rank.PINNED if is_pinned else Rank.PRIVATE
-        self._memory.rekey(session.blocks, (rank, *key), is_pinned=is_pinned)
+        blocks, worth = session.blocks, (Rank.PINNED if is_pinned else Rank.PRIVATE, *key)
+        group = blocks.group
+        if worth != group.key or is_pinned != group.is_pinned:
+            self._memory.rekey(blocks, worth, is_pinned=is_pinned)
 
     def rescore_anchor(self, agent: str, now_ns: int) -> None:
         """Asks what the calls of an agent have in common is worth."""
         policy, group = self.policy, self._registry.anchors.get(agent)
         if policy is not None and group is not None:
-            self._memory.order.rekey(group, self._ask(policy, group.key, policy.score_anchor, agent, now_ns))
+            self._memory.order.rekey(group, self._isolation.ask(policy, group.key, policy.score_anchor, agent, now_ns))
+
+    def do(self, action: RetentionAction, now_ns: int) -> None:
+        """Does what a policy wants done with the memory."""
+        if isinstance(action, Pin):
+            self.pin(action.session, action.until_ns, now_ns)
+        elif isinstance(action, Rate):
+            for session, key in action.keys:
+                self.rate(session, key)
+        elif isinstance(action, Rescore):
+            self.rescore(action.session, now_ns)
+        elif isinstance(action, RescoreAnchor):
+            self.rescore_anchor(action.agent, now_ns)
+        elif not isinstance(action, PlaceAdapter):
+            self.give_up(action)
+        elif self._memory.adapters is not None:
+            limit = math.inf if action.is_wanted else -math.inf
+            self._memory.adapters.set_distances({action.adapter: action.distance}, prefetch_below=limit)
 
     def give_up(self, action: Drop | Demote | Supersede) -> None:
         """Frees blocks of a session, or lets them go first or down to the next tier."""
@@ -81,11 +131,13 @@ class RetentionSeat:
         elif not session.is_idle:
             return
         elif isinstance(action, Demote):
+            if session in self._changed:
+                self.rate(session, self._changed[session])  # it is worth the same below
             self._counts["blocks_demoted"] += memory.demote(session.blocks)
         else:
             # What a batch in flight still writes to is dropped when it is done.
             session.blocks.is_transient = True
-            memory.drop(session.blocks)
+            memory.drop(session.blocks, action.max_blocks)
 
     # ---- pins ----
 
@@ -116,6 +168,5 @@ class RetentionSeat:
     def unpin(self, session: Session) -> None:
         """Ends the pin of a session, if it has one."""
         session.pinned_until_ns = None
-        group = session.blocks.group
-        if group.is_pinned:
-            self._memory.rekey(session.blocks, (Rank.PRIVATE, session.last_used_ns))
+        if session.blocks.group.is_pinned:
+            self._changed.setdefault(session, (session.last_used_ns,))

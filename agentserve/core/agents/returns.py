@@ -6,12 +6,15 @@ agent's next one is measured itself, behind the last two agents that called and 
 a supervisor is at the same place after each worker, and only the worker before tells which one is next; and who has
 called twice may be through. This is backed off to the last agent alone as in prediction by partial matching (Cleary and
 Witten 1984): what was seen after it counts like `BACK_OFF` observations.
+
+What takes longer than a few microseconds is a generator, which stops after each piece of about ten; it must be run to
+its end before the next one begins.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -31,6 +34,10 @@ _MAX_CALLS = 3
 """Of one agent in a task that are told apart."""
 _REFRESH, _MAX_NEW = 0.125, 16
 """Indices are worked out anew when this share of the visits is new, or so many of them are."""
+_AGENTS_A_PIECE = 2
+"""Whose indices are worked out in one piece."""
+_CALLS_A_PIECE = 8
+"""Earlier calls of a task that learn of one more in one piece; a quarter of them if they learn that it has ended."""
 _NOTHING: Mapping[int, float] = MappingProxyType({})
 NO_INDICES: Mapping[str, float] = MappingProxyType({})
 
@@ -67,18 +74,30 @@ class Context:
 
         The best of all times to give up: `max over n of P(T <= n) / E[min(T, n)]`, T the calls until the agent's next
         one. It is 1 for who comes next for sure, 1/n for who comes in n calls for sure; who never comes back is left
-        out (the index of Gittins for one reward: keep what has the largest one). Never changed afterwards.
+        out (the index of Gittins for one reward: keep what has the largest one). Never changed afterwards; as of the
+        last `refresh`.
         """
+        if self.shorter is not None and self.num_reached[1] < MIN_COUNT:
+            return self.shorter.indices
+        return self._indices
+
+    def refresh(self) -> Iterator[None]:
+        """Works the indices out anew if enough has happened since."""
         num, shorter = self.num_met, self.shorter
         if shorter is not None:
             if self.num_reached[1] < MIN_COUNT:
-                return shorter.indices
+                yield from shorter.refresh()
+                return
             num += shorter.num_met
-        if num >= self._due:
-            self._due = num + min(_REFRESH * num, _MAX_NEW)
-            names = self.num_seen if shorter is None else {**shorter.num_seen, **self.num_seen}
-            self._indices = {agent: self._index(agent) for agent in names}
-        return self._indices
+        if num < self._due:
+            return
+        self._due = num + min(_REFRESH * num, _MAX_NEW)
+        indices: dict[str, float] = {}
+        for agent in self.num_seen if shorter is None else {**shorter.num_seen, **self.num_seen}:
+            if len(indices) % _AGENTS_A_PIECE == 0:
+                yield
+            indices[agent] = self._index(agent)
+        self._indices = indices
 
     def met(self) -> None:
         """A task has come to this point."""
@@ -123,6 +142,11 @@ class Progress:
         """What each agent's memory is worth now: see `Context.indices`."""
         return self.latest[0][1].indices if self.latest else NO_INDICES
 
+    def refresh(self) -> Iterator[None]:
+        """See `Context.refresh`."""
+        if self.latest:
+            yield from self.latest[0][1].refresh()
+
 
 class Returns:
     """What was seen in all tasks: they are instances of one application. A call costs O(`MAX_DISTANCE`)."""
@@ -130,11 +154,13 @@ class Returns:
     def __init__(self) -> None:
         self._contexts: OrderedDict[tuple[str, str, int], Context] = OrderedDict()
 
-    def called(self, progress: Progress, agent: str) -> None:
+    def called(self, progress: Progress, agent: str) -> Iterator[None]:
         """An agent calls in a task."""
         is_first = True
         latest = progress.latest
         for distance, (before, longer, shorter) in enumerate(latest, start=1):
+            if distance % _CALLS_A_PIECE == 0:
+                yield
             longer.num_reached[distance] += 1.0
             shorter.num_reached[distance] += 1.0
             if is_first:
@@ -146,9 +172,11 @@ class Returns:
         short = self._context((agent, "", 0), None)
         latest.appendleft((agent, self._context(name, short), short))
 
-    def ended(self, progress: Progress) -> None:
+    def ended(self, progress: Progress) -> Iterator[None]:
         """A task is over: nobody calls at the distances that it has not reached."""
         for next_distance, (_, longer, shorter) in enumerate(progress.latest, start=1):
+            if next_distance % (_CALLS_A_PIECE // 4) == 0:
+                yield
             for distance in range(next_distance, MAX_DISTANCE + 1):
                 longer.num_reached[distance] += 1.0
                 shorter.num_reached[distance] += 1.0

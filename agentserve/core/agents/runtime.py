@@ -5,31 +5,23 @@ A policy that raises is out for the rest of the run: the built-in takes its seat
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from agentserve.config import EngineConfig
+from agentserve.core.agents.calls import OpenCall
 from agentserve.core.agents.factory import Seats
 from agentserve.core.agents.held import HeldCalls
+from agentserve.core.agents.hooks import SeatedHooks
 from agentserve.core.agents.isolation import Isolation
 from agentserve.core.agents.policy import (
     Action,
     Admit,
-    Demote,
-    Drop,
-    Pin,
-    PlaceAdapter,
     Policy,
     Prefetch,
-    Rate,
     Reprioritize,
-    Rescore,
-    RescoreAnchor,
-    Supersede,
     TurnEvent,
     TurnKind,
 )
@@ -39,6 +31,8 @@ from agentserve.core.agents.registry import Session
 from agentserve.core.agents.retention import RetentionSeat
 from agentserve.core.agents.sessions import SessionFinder
 from agentserve.core.agents.speculation import SpeculationQueue
+from agentserve.core.agents.untold import UntoldEvents
+from agentserve.core.batch import OpenPrompts
 from agentserve.core.events import (
     EngineEvent,
     NoteTurn,
@@ -58,17 +52,6 @@ _FOREVER_NS = sys.maxsize
 _NO_KEY: Key = ()
 
 
-@dataclass(slots=True)
-class _Call:
-    """A request that has not ended."""
-
-    request: Request
-    session: Session
-    since_ns: int
-    """Since when it waits or runs."""
-    is_running: bool = False
-
-
 class AgentRuntime:
     """The seats of the policies in one engine. Costs O(log n) per event of a call, and nothing per token."""
 
@@ -78,22 +61,26 @@ class AgentRuntime:
         self._order = seats.order
         self._admission = seats.admission
         self._speculation = seats.speculation
+        self._shaping = seats.shaping
         self._config = config
-        self._calls: dict[str, _Call] = {}
+        self._calls: dict[str, OpenCall] = {}
         self._finder = SessionFinder(self.registry, memory)
         self._ended: dict[str, Session] = {}
         """Sessions by those of their calls that have ended since the last one came."""
         self.held = HeldCalls()
+        self._has_held = False
+        """Whether a call was ever held back."""
         self.counts: Counter[str] = Counter()
         self._isolation = Isolation(self._name_of, self.counts)
         self._ask = self._isolation.ask
         self.is_behind = False
-        """Whether a policy has more to do at once: the next step is due now."""
+        """Whether the policies have more to do at once: the next step is due now."""
         self._retention = RetentionSeat(
             seats.retention, config, memory, self.registry, isolation=self._isolation, counts=self.counts
         )
-        self._policies = self._seat()
-        self._prefetches = PrefetchQueue(memory, self.registry)
+        self._untold = UntoldEvents(self._isolation, self._retention)
+        self._seat()
+        self._prefetches = None if memory.residency is None else PrefetchQueue(memory, self.registry)
         self._pieces: SpeculationQueue | None = None
         if self._speculation is not None:
             ask = partial(self._ask, self._speculation, 0, self._speculation.speculates)
@@ -102,21 +89,24 @@ class AgentRuntime:
     @property
     def is_active(self) -> bool:
         """Whether there is a policy, or has been one."""
-        return bool(self._policies) or bool(self._isolation.failures)
+        return bool(self._hooks.policies) or bool(self._isolation.failures)
 
     # ---- what the engine tells ----
 
     def submitted(self, request: Request, command: SubmitRequest, now_ns: int) -> None:
         """A call has come. Stamps its place and to whom its blocks will belong; it is not queued yet."""
         session, forgotten = self._finder.find(command, self._retention.policy, now_ns)
-        self._forget(forgotten, now_ns)
+        if forgotten:
+            self._forget(forgotten, now_ns)
+        self._untold.tell_all()
         if session.idle_since_ns is not None:
             self.registry.gaps.add(session.tool_name, now_ns - session.idle_since_ns)
-        if session.is_pinned(now_ns):
+        if session.pinned_until_ns is not None and now_ns < session.pinned_until_ns:
             # It stays pinned until its call is admitted: the blocks are needed now (Continuum, section 5).
             session.pinned_until_ns = _FOREVER_NS
             self.counts["pins_held"] += 1
-        self._forget_ended(session)
+        if session.ended_ids:
+            self._forget_ended(session)
         session.num_waiting += 1
         session.blocks.is_transient = False
         session.last_used_ns = now_ns
@@ -126,13 +116,14 @@ class AgentRuntime:
         session.foresight = command.foresight
         session.adapter = request.adapter
         session.next_distance = command.distance
-        self._calls[request.request_id] = _Call(request, session, now_ns)
+        self._calls[request.request_id] = OpenCall(request, session, now_ns)
         if self._retention.policy is not None:
             request.session_blocks = session.blocks
         order = self._order
         if order is not None:
             request.order_key = self._ask(order, _NO_KEY, order.order_key, session, request, now_ns)
-        self._happened(TurnEvent(TurnKind.SUBMITTED, session, request, now_ns))
+        self._happened(TurnKind.SUBMITTED, session, request, now_ns)
+        self._untold.tell_all()
 
     def holds(self, request: Request, now_ns: int) -> bool:
         """Whether a call that has come is held back here; else it is to be queued. To be asked once."""
@@ -141,6 +132,7 @@ class AgentRuntime:
         if policy is None or not self._ask(policy, False, policy.holds, session, request, now_ns):
             return False
         self.held.hold(request)
+        self._has_held = True
         self.counts["calls_held"] += 1
         return True
 
@@ -150,9 +142,20 @@ class AgentRuntime:
         if session is None or not session.is_idle:
             return
         session.tool_name = command.tool_name
-        for policy in self._policies:
-            self._ask(policy, None, policy.tool_called, session, now_ns)
+        self._untold.tell_all()
+        for policy, tool_called in self._hooks.tool_called:
+            self._ask(policy, None, tool_called, session, now_ns)
         self._retention.rescore(session, now_ns)
+
+    @property
+    def shapes_batches(self) -> bool:
+        """Whether `batch_tokens` has an opinion."""
+        return self._shaping is not None
+
+    def batch_tokens(self, prompts: OpenPrompts) -> int:
+        """How many tokens of prompts a batch is to read."""
+        policy, most = self._shaping, prompts.num_tokens
+        return most if policy is None else self._ask(policy, most, policy.batch_tokens, prompts)
 
     def predicted(self, command: Speculate) -> None:
         """Somebody said what the next prompt of a session begins with."""
@@ -171,8 +174,9 @@ class AgentRuntime:
 
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
         """Somebody said how far agents are from their next calls. Policies that do not care ignore it."""
-        for policy in self._policies:
-            self._ask(policy, None, policy.set_distances, command, now_ns)
+        self._untold.tell_all()
+        for policy, set_distances in self._hooks.set_distances:
+            self._ask(policy, None, set_distances, command, now_ns)
 
     def scheduled(self, events: Sequence[EngineEvent]) -> None:
         """Takes the admissions and preemptions among the events of a step."""
@@ -186,44 +190,54 @@ class AgentRuntime:
         """A call has ended, and its blocks are back or will be when its last batch is."""
         call = self._calls.pop(request.request_id)
         session = call.session
-        if request in self.held:
+        if self._has_held and request in self.held:
             self.held.drop(request)
         session.ended_ids.append(request.request_id)
         self._ended[request.request_id] = session
-        lasted_ns = self._leave(call, now_ns)
+        lasted_ns = call.leave(now_ns)
         session.num_turns += 1
         session.program.num_turns += 1
         session.context_tokens = len(request.token_ids)
         session.last_used_ns = now_ns
         if session.is_idle:
             session.idle_since_ns = now_ns
-            self._retention.unpin(session)
-        self._happened(TurnEvent(TurnKind.FINISHED, session, request, now_ns, lasted_ns, reason))
+            if session.pinned_until_ns is not None:
+                self._retention.unpin(session)
+        self._happened(TurnKind.FINISHED, session, request, now_ns, lasted_ns=lasted_ns, reason=reason)
 
     def act(self, now_ns: int, queues: Queues) -> None:
         """Lets the policies act. To be called after what happened in a step, before the lanes are filled."""
-        self._retention.expire_pins(now_ns)
-        self.is_behind = False
-        for policy in self._policies:
-            actions = self._isolation.actions(policy, now_ns)
-            for action in actions:
+        retention = self._retention
+        self._untold.tell_more()
+        self.is_behind = bool(self._untold)
+        retention.expire_pins(now_ns)
+        for policy, act in self._hooks.act:
+            for action in self._isolation.actions(policy, act, now_ns):
                 self._do(action, now_ns, queues)
-            if actions:
-                self.is_behind |= self._ask(policy, False, getattr, policy, "is_behind")
-        retention = self._retention.policy
-        if retention is not None and self._prefetches:
-            wants = partial(self._ask, retention, False, retention.wants_prefetch)
+        for policy in self._hooks.falls_behind:
+            try:
+                self.is_behind |= policy.is_behind
+            except Exception as error:  # noqa: BLE001  # see `Isolation.ask`
+                self._isolation.raised(policy, error, None)
+        retention.settle()
+        rating = retention.policy
+        if rating is not None and self._prefetches:
+            wants = partial(self._ask, rating, False, rating.wants_prefetch)
             self._prefetches.start(wants, len(self._calls), queues.num_claimed_blocks)
         if self._pieces is not None:
-            self._pieces.start(now_ns, queues, has_sessions=retention is not None)
-        if self.held and len(self.held) == len(self._calls) and self._policy_deadline_ns() is None:
+            self._pieces.start(now_ns, queues, has_sessions=rating is not None)
+        if self._has_held and self.held and len(self.held) == len(self._calls) and self._policy_deadline_ns() is None:
             # Nothing else would ever wake us.
             self.held.release(next(iter(self.held)))
 
     def settle(self, now_ns: int, queues: Queues) -> list[EngineEvent]:
         """Replaces policies that have raised; returns what the world must know of that. To be called last in a step."""
+        self._retention.settle()
+        self._untold.end_step()
         events: list[EngineEvent] = []
         isolation = self._isolation
+        if not isolation.failed:
+            return events
         for name, policy in isolation.failed.items():
             events.append(PolicyFailed(now_ns, name, isolation.failures[name]))
             if policy is self._retention.policy:
@@ -237,21 +251,25 @@ class AgentRuntime:
             if policy is self._admission:
                 self._admission = None
                 self.held.release_all()
+            if policy is self._shaping:
+                self._shaping = None
             if policy is self._speculation and self._pieces is not None:
                 self._speculation = None
                 self._pieces.stop()
-        if events:
-            self._policies = self._seat()
+        self._seat()
         isolation.failed.clear()
         return events
 
     def next_deadline_ns(self) -> int | None:
         """When `act` must be called while calls wait."""
-        dues = [due for due in (self._policy_deadline_ns(), self._retention.next_pin_ns()) if due is not None]
-        return min(dues, default=None)
+        pin_ns = self._retention.next_pin_ns()
+        if not self._hooks.next_deadline_ns:
+            return pin_ns
+        dues = (pin_ns, self._policy_deadline_ns())
+        return min((due for due in dues if due is not None), default=None)
 
     def _policy_deadline_ns(self) -> int | None:
-        asked = [self._ask(policy, None, policy.next_deadline_ns) for policy in self._policies]
+        asked = [self._ask(policy, None, deadline) for policy, deadline in self._hooks.next_deadline_ns]
         return min([due for due in asked if due is not None], default=None)
 
     def stats(self) -> PolicyStats:
@@ -303,29 +321,10 @@ class AgentRuntime:
     def _moved(self, request_id: str, now_ns: int, kind: TurnKind) -> None:
         call = self._calls[request_id]
         session = call.session
-        lasted_ns = self._leave(call, now_ns)
-        call.since_ns = now_ns
-        call.is_running = kind is TurnKind.ADMITTED
-        if call.is_running:
-            if session.shared_tokens is None:
-                session.shared_tokens = call.request.num_cached_tokens
-            session.num_running += 1
-            if session.num_waiting == 0:
-                self._retention.unpin(session)
-        else:
-            session.num_waiting += 1
-        self._happened(TurnEvent(kind, session, call.request, now_ns, lasted_ns))
-
-    def _leave(self, call: _Call, now_ns: int) -> int:
-        """Books the time that a call has waited or run."""
-        lasted_ns = now_ns - call.since_ns
-        if call.is_running:
-            call.session.num_running -= 1
-            call.session.program.attained_ns += lasted_ns
-            return lasted_ns
-        call.session.num_waiting -= 1
-        call.session.program.waited_ns += lasted_ns
-        return lasted_ns
+        lasted_ns = call.move(now_ns, is_admitted=kind is TurnKind.ADMITTED)
+        if session.pinned_until_ns is not None and session.num_waiting == 0:
+            self._retention.unpin(session)
+        self._happened(kind, session, call.request, now_ns, lasted_ns=lasted_ns)
 
     # ---- asking and doing ----
 
@@ -337,39 +336,40 @@ class AgentRuntime:
             (self._order, config.order),
             (self._admission, config.admission),
             (self._speculation, config.speculate),
+            (self._shaping, config.policy),
         )
 
-    def _seat(self) -> tuple[Policy, ...]:
-        """Each policy once, however many seats it has."""
-        return tuple(dict.fromkeys(policy for policy, _ in self._seats() if policy is not None))
+    def _seat(self) -> None:
+        """Takes the policies that are in the seats now."""
+        self._hooks = SeatedHooks(policy for policy, _ in self._seats())
+        self._untold.seat(self._hooks.observe)
 
-    def _happened(self, event: TurnEvent) -> None:
-        for policy in self._policies:
-            self._ask(policy, None, policy.observe, event)
-        if self._pieces is not None:
-            self._pieces.observe(event)
-        self._retention.rescore(event.session, event.at_ns)
+    def _happened(
+        self,
+        kind: TurnKind,
+        session: Session,
+        request: Request,
+        now_ns: int,
+        *,
+        lasted_ns: int = 0,
+        reason: FinishReason | None = None,
+    ) -> None:
+        pieces, untold = self._pieces, self._untold
+        if pieces is None and not untold.has_listeners:
+            return
+        event = TurnEvent(kind, session, request, now_ns, lasted_ns, reason)
+        if pieces is not None:
+            pieces.observe(event)
+        if untold.has_listeners:
+            untold.add(event)
 
     def _do(self, action: Action, now_ns: int, queues: Queues) -> None:
-        if isinstance(action, Pin):
-            self._retention.pin(action.session, action.until_ns, now_ns)
-        elif isinstance(action, Drop | Demote | Supersede):
-            self._retention.give_up(action)
-        elif isinstance(action, Rate):
-            for session, key in action.keys:
-                self._retention.rate(session, key)
-        elif isinstance(action, Rescore):
-            self._retention.rescore(action.session, now_ns)
-        elif isinstance(action, RescoreAnchor):
-            self._retention.rescore_anchor(action.agent, now_ns)
-        elif isinstance(action, Prefetch):
-            self._prefetches.add(action.session, action.distance)
-        elif isinstance(action, PlaceAdapter):
-            if self._memory.adapters is not None:
-                limit = math.inf if action.is_wanted else -math.inf
-                self._memory.adapters.set_distances({action.adapter: action.distance}, prefetch_below=limit)
-        else:
+        if isinstance(action, Admit | Reprioritize):
             self._move(action, queues)
+        elif not isinstance(action, Prefetch):
+            self._retention.do(action, now_ns)
+        elif self._prefetches is not None:
+            self._prefetches.add(action.session, action.distance)
 
     def _move(self, action: Admit | Reprioritize, queues: Queues) -> None:
         call = self._calls.get(action.request_id)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from agentserve.core.agents.fingerprint import fingerprint
 from agentserve.core.agents.policy import Policy
 from agentserve.core.agents.registry import AgentRegistry, Session
 from agentserve.core.events import SubmitRequest
-from agentserve.core.memory.eviction import Rank
+from agentserve.core.memory.eviction import EvictionGroup, Rank
 from agentserve.core.memory.manager import MemoryManager
 
 
@@ -18,22 +20,28 @@ class SessionFinder:
         self._memory = memory
         self._num_anonymous = 0
 
-    def find(self, command: SubmitRequest, retention: Policy | None, now_ns: int) -> tuple[Session, list[Session]]:
+    def find(self, command: SubmitRequest, retention: Policy | None, now_ns: int) -> tuple[Session, Sequence[Session]]:
         """The session of a call, and those that were forgotten for it. `retention`: who rates its blocks."""
         session_id = command.session_id or command.agent_id or self._continued(command, retention)
-        order = self._memory.order
-        competes = retention is not None and not retention.scores_blocks
-        group = order.new_group((Rank.PRIVATE,)) if competes else order.common
         program_id, agent_key = command.program_id or session_id, None
         if retention is not None and retention.tracks_agents:
             session_id, agent_key = self._agent_session(session_id, command)
-        session, forgotten = self._registry.open(session_id, program_id, command.agent_id, now_ns, group)
+        competes = retention is not None and not retention.scores_blocks
+        make_group = self._own_group if competes else self._common_group
+        session, forgotten = self._registry.open(session_id, program_id, command.agent_id, now_ns, make_group)
         if agent_key is not None and session.agent_key is None:
             session.agent_key = agent_key
-            session.blocks.anchors = self._registry.anchor(
-                agent_key, lambda: order.new_group((Rank.SHARED,), is_shared=True)
-            )
+            session.blocks.anchors = self._registry.anchor(agent_key, self._anchor_group)
         return session, forgotten
+
+    def _own_group(self) -> EvictionGroup:
+        return self._memory.order.new_group((Rank.PRIVATE,))
+
+    def _common_group(self) -> EvictionGroup:
+        return self._memory.order.common
+
+    def _anchor_group(self) -> EvictionGroup:
+        return self._memory.order.new_group((Rank.SHARED,), is_shared=True)
 
     def _continued(self, command: SubmitRequest, retention: Policy | None) -> str:
         """The session of a call without any name."""

@@ -42,8 +42,10 @@ class _Turn:
     """A session whose call has ended."""
 
     session: Session
-    request: Request
-    """The call that ended."""
+    request_id: str
+    """The call that ended. No more of it is kept: a prompt is large, and would be freed in some later step."""
+    cache_salt: str | None
+    adapter: str | None
     last_access: int
     """Logical time of its end: what was used before is worth less, if nobody says anything else."""
     token_ids: tuple[int, ...] = ()
@@ -120,7 +122,7 @@ class SpeculationQueue:
             self._early[command.request_id] = command.token_ids
             return
         turn = None if session is None else self._turns.get(session.session_id)
-        if turn is not None and turn.request.request_id == command.request_id:
+        if turn is not None and turn.request_id == command.request_id:
             self._take(turn, command.token_ids)
 
     def counts(self) -> dict[str, int]:
@@ -161,13 +163,13 @@ class SpeculationQueue:
 
     def start(self, now_ns: int, lanes: IdleLanes, *, has_sessions: bool) -> None:
         """Starts a piece if nothing is in its way. `has_sessions`: blocks are to belong to their sessions."""
+        if not self.has_due or not lanes.may_speculate:
+            return
         if self._is_stale:
             self._is_stale = False
             for turn in self._turns.values():
                 if turn.is_refused or (turn.last is not None and not turn.last.is_in_tree):
                     self._enqueue(turn)
-        if not self._due or not lanes.may_speculate:
-            return
         for _ in range(_MAX_LOOKS):
             while self._due and self._due[0].is_over:
                 self._due.popleft()
@@ -185,7 +187,7 @@ class SpeculationQueue:
 
     def _piece(self, turn: _Turn, now_ns: int, num_seqs: int) -> Request | None:
         """The next piece of a prompt; None if all of it is there, is not worth it, or has no room."""
-        memory, size, token_ids, salt = self._memory, self._memory.block_size, turn.token_ids, turn.request.cache_salt
+        memory, size, token_ids, salt = self._memory, self._memory.block_size, turn.token_ids, turn.cache_salt
         match = memory.match_prefix(token_ids, salt=salt)
         turn.last, first = match.last, match.num_tokens
         # What somebody computes or loads just now is there later.
@@ -216,7 +218,7 @@ class SpeculationQueue:
             session_id=turn.session.session_id,
             priority=sys.maxsize,
             cache_salt=salt,
-            adapter=turn.request.adapter,
+            adapter=turn.adapter,
         )
 
     def _worth(self, turn: _Turn) -> Key:
@@ -247,7 +249,9 @@ class SpeculationQueue:
         self._is_stale = not self._is_stopped
         if self._is_stopped or not session.is_idle or session.is_last_turn:
             return
-        turn = self._turns[session.session_id] = _Turn(session, request, self._memory.last_access)
+        turn = self._turns[session.session_id] = _Turn(
+            session, request.request_id, request.cache_salt, request.adapter, self._memory.last_access
+        )
         if token_ids is not None:
             self._take(turn, token_ids)
         if len(self._turns) > MAX_TURNS:

@@ -88,6 +88,11 @@ class DecodeSteps:
     signal: ControlSignal
     """Of the moment before the first one is made. Later ones have another time and other decodes."""
 
+    def durations_ns(self) -> list[int]:
+        """How long each of them takes."""
+        ends_ns = self.ends_ns
+        return [end - start for start, end in zip((self.started_ns, *ends_ns), ends_ns, strict=False)]
+
     def shape_of(self, index: int) -> BatchShape:
         """Of one of the batches, from 0."""
         num_decodes = self.shape.num_decodes

@@ -119,23 +119,40 @@ class PredictiveController:
         return self._plan.decision
 
     def follow(self, steps: DecodeSteps, present: Decision) -> tuple[int, Decision]:
-        signal, plan = steps.signal, self._plan
-        if plan is None or steps.is_shared or signal.num_resume_tokens + signal.num_prefill_tokens:
+        durations_ns = steps.durations_ns()
+        is_odd = steps.is_shared and min(durations_ns, default=1) <= 0  # then it says something else of the other lane
+        if self._plan is None or self._ttft_target_ns is not None or is_odd:
             return follow_singly(self, steps, present)
-        # As long as there is nothing to share the device with, `decide` says what it has said before.
-        if plan.decision != present:
-            return 0, plan.decision
-        batch, ends_ns = steps.batch, steps.ends_ns
-        count = len(ends_ns)
-        if not batch.co_running:
-            predicted_ns = self._cost.decode_durations(steps.shape, batch.partition, False, count)
-            starts_ns = (steps.started_ns, *ends_ns[:-1])
-            durations_ns = [max(1, end - start) for start, end in zip(starts_ns, ends_ns, strict=True)]
-            self._corrections.observe_all(
-                self._mode(batch.lane, batch.partition, steps.shape), durations_ns, predicted_ns
-            )
-        self._corrections.observe_no_gaps(count)
+        done, count = 0, len(durations_ns)
+        while done < count:
+            decision = self.decide(steps.signal_of(done))
+            if decision != present:
+                return done, decision
+            num_more = self._settle(steps, done)
+            self._observe_all(steps, done, durations_ns[done : done + num_more])
+            done += num_more
         return count, present
+
+    def _settle(self, steps: DecodeSteps, index: int) -> int:
+        """For how many batches, from this one on, `decide` says what it has said before this one; counts them."""
+        num_left = len(steps.ends_ns) - index
+        if not steps.signal.num_resume_tokens + steps.signal.num_prefill_tokens:
+            return num_left
+        shape = steps.shape_of(index)
+        level = _CONTEXT_STEP * shape.num_decodes
+        num_alike = -(-(level - shape.num_decode_context % level) // shape.num_decodes)
+        num_batches = min(num_alike, _MAX_AGE - self._age, num_left)
+        self._age += num_batches - 1
+        return num_batches
+
+    def _observe_all(self, steps: DecodeSteps, first: int, durations_ns: list[int]) -> None:
+        """What `observe` does for each of these batches, from the one with this index on."""
+        batch, shape, count = steps.batch, steps.shape_of(first), len(durations_ns)
+        if batch.co_running == steps.is_shared:
+            predicted_ns = self._cost.decode_durations(shape, batch.partition, steps.is_shared, count)
+            durations_ns = [max(1, duration_ns) for duration_ns in durations_ns]
+            self._corrections.observe_all(self._mode(batch.lane, batch.partition, shape), durations_ns, predicted_ns)
+        self._corrections.observe_no_gaps(count)
 
     # ---- options ----
 

@@ -59,7 +59,7 @@ class BlockCache:
             self.residency = Residency(
                 tiering,
                 block_size,
-                rate=self._tree.rate,
+                order=self._tree.order,
                 free_block=self._pool.put,
                 recompute_ns=recompute_ns,
                 queue=self.loads,
@@ -148,14 +148,12 @@ class BlockCache:
 
     # ---- what policies decide ----
 
-    def drop(self, session: SessionBlocks) -> int:
-        """Frees the private blocks of a session that nobody holds; returns how many."""
-        num_dropped = 0
-        for node in self._tree.evict_group(session.group):
-            self._give_up([node], may_wait=False)
-            num_dropped += 1
-        self.num_dropped_blocks += num_dropped
-        return num_dropped
+    def drop(self, session: SessionBlocks, max_blocks: int | None = None) -> int:
+        """Frees the private blocks of a session that nobody holds, at most so many; returns how many."""
+        nodes = self._tree.evict_group(session.group, max_blocks)
+        self._give_up(nodes, may_wait=False)
+        self.num_dropped_blocks += len(nodes)
+        return len(nodes)
 
     def supersede(self, session: SessionBlocks, num_tokens: int) -> int:
         """Lets the private blocks behind the first `num_tokens` tokens of a session's last call go first; how many."""
@@ -166,7 +164,7 @@ class BlockCache:
 
         What is worth it and is not in a lower tier yet is copied there first; without tiers this is `drop`.
         """
-        nodes = list(self._tree.evict_group(session.group))
+        nodes = self._tree.evict_group(session.group)
         self._give_up(nodes, may_wait=True)
         return len(nodes)
 
@@ -180,7 +178,8 @@ class BlockCache:
     def rate_by_users(self) -> None:
         """What several sessions use is worth what it is to who values it most. Only while nothing is cached."""
         self._tree.sharing = UserGroups(self.order)
-        self.losers = {}
+        if self.residency is not None:
+            self.losers = {}
 
     def rekey(self, session: SessionBlocks, key: Key, *, is_pinned: bool = False) -> None:
         """Says what the private blocks of a session are worth."""
@@ -287,5 +286,6 @@ class BlockCache:
         if self.residency is not None:
             self.residency.evicted(nodes, may_wait=may_wait)
             return
+        put = self._pool.put
         for node in nodes:
-            self._pool.put(node.block_id)
+            put(node.block_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from agentserve.core.memory.eviction import Worth
 from agentserve.core.memory.loads import Place
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.memory.tiers import TierEntry
@@ -12,15 +13,13 @@ from agentserve.core.memory.tiers import TierEntry
 class Copy:
     """A block on its way down, queued or under way."""
 
-    __slots__ = ("content_id", "entry", "is_cancelled", "is_leaving", "key", "origin", "parent_id", "source_id")
+    __slots__ = ("content_id", "entry", "is_cancelled", "is_leaving", "origin", "parent_id", "source_id", "worth")
 
-    def __init__(
-        self, content_id: bytes, parent_id: bytes, key: tuple[float, ...], source_id: int, origin: Place | None
-    ) -> None:
+    def __init__(self, content_id: bytes, parent_id: bytes, worth: Worth, source_id: int, origin: Place | None) -> None:
         self.content_id = content_id
         self.parent_id = parent_id
-        self.key = key
-        """What the block is worth, by the eviction policy."""
+        self.worth = worth
+        """By the eviction policy."""
         self.source_id = source_id
         self.origin = origin
         """Where it is copied from, and locked meanwhile; None: the device."""

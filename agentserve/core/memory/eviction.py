@@ -83,6 +83,17 @@ class EvictionGroup:
         """Whether the upper heap has a current entry of it."""
 
 
+Worth: TypeAlias = tuple[EvictionGroup | None, Key]
+"""What a block is worth among all others, for a place that keeps no groups: that of its group, which may change, and
+behind it its own. None: there is no group, and all of it is its own."""
+
+
+def key_of(worth: Worth) -> Key:
+    """What that comes to now. A pin does not count."""
+    group, own = worth
+    return own if group is None else (*((Rank.PRIVATE,) if group.is_pinned else group.key), *own)
+
+
 class SessionBlocks:
     """What the memory knows of a session: the group of its private blocks and the path that it used last."""
 
@@ -107,6 +118,8 @@ class EvictionOrder:
         """Blocks that nobody holds, in groups that are pinned."""
         self.num_unlike_lru = 0
         """Evictions of a block that was not the least recently used one; counted once a policy is in charge."""
+        self.on_rekey: Callable[[EvictionGroup], None] | None = None
+        """Called with each group that has got another key."""
         self._num_groups = 0
         self._groups: list[tuple[Key, int, int, EvictionGroup]] = []
         self._num_listed = 0
@@ -126,10 +139,12 @@ class EvictionOrder:
         self._num_groups += 1
         return self._num_groups
 
-    def rate(self, node: RadixNode) -> Key:
-        """What a block is worth among all others, for a place that keeps no groups. A pin does not count there."""
-        group = node.group or self.common
-        return (*((Rank.PRIVATE,) if group.is_pinned else group.key), *self.block_key(node))
+    def worth(self, node: RadixNode) -> Worth:
+        """What a block is worth in a lower tier."""
+        group, own = node.group or self.common, self.block_key(node)
+        if group in (self.common, self.superseded, self.shared):  # their keys never change
+            return None, (*group.key, *own)
+        return group, own
 
     def compare_with_lru(self) -> None:
         """Counts from now on, in `num_unlike_lru`, what is evicted although something else was used longer ago."""
@@ -208,6 +223,8 @@ class EvictionOrder:
         if key == group.key:
             return
         group.key = key
+        if self.on_rekey is not None:
+            self.on_rekey(group)
         group.version += 1
         if group.is_listed:
             group.is_listed = False

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from agentserve.core.memory.copies import Copy
-from agentserve.core.memory.eviction import Key
+from agentserve.core.memory.eviction import Key, key_of
 from agentserve.core.memory.tiers import TierEntry, TierStore
 from agentserve.core.transfers import Tier
 
@@ -58,7 +58,7 @@ class FlushQueue:
             return
         while len(copies) < most and self._waiting:
             copy = self._copy(self._waiting.popleft())
-            fits = copy is not None and make_room(copy.key)
+            fits = copy is not None and make_room(key_of(copy.worth))
             if copy is None or fits is False:
                 continue
             if fits is None:
@@ -66,7 +66,7 @@ class FlushQueue:
                 return
             assert copy.origin is not None
             self._above[copy.origin[0]].acquire(copy.origin[1])
-            copy.entry = self._last.insert(copy.content_id, copy.parent_id, copy.key)
+            copy.entry = self._last.insert(copy.content_id, copy.parent_id, copy.worth)
             copies.append(copy)
 
     def _copy(self, content_id: bytes) -> Copy | None:
@@ -76,5 +76,5 @@ class FlushQueue:
         for index, store in enumerate(self._above):
             entry = store.find(content_id)
             if entry is not None and entry.is_ready:
-                return Copy(content_id, entry.parent_id, entry.key, entry.slot, (index, entry))
+                return Copy(content_id, entry.parent_id, entry.worth, entry.slot, (index, entry))
         return None

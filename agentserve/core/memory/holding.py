@@ -39,13 +39,21 @@ class Holding:
     )
 
     def __init__(
-        self, salt: str | None, path: list[RadixNode], num_cached_tokens: int, session: SessionBlocks | None = None
+        self,
+        salt: str | None,
+        path: list[RadixNode],
+        num_cached_tokens: int,
+        session: SessionBlocks | None = None,
+        trail: Trail | None = None,
     ) -> None:
         self.salt = salt
         self.session = session
         """To whom the blocks belong when the request has ended, if that is known."""
         self.path = path
-        self.block_ids = [node.block_id for node in path]
+        self.trail = trail
+        """The beginning of `path`, if a prompt before this one had it."""
+        known = () if trail is None else trail.block_ids
+        self.block_ids = [*known, *[node.block_id for node in path[len(known) :]]]
         self.block_ids_tuple: tuple[int, ...] | None = None
         self.num_ready_blocks = len(path)
         self.num_computed_tokens = num_cached_tokens
@@ -53,8 +61,6 @@ class Holding:
         """Tokens that there are blocks for."""
         self.publish_at = NEVER
         """Computed tokens at which a block is full that is not ready yet."""
-        self.trail: Trail | None = None
-        """The beginning of `path`, if a prompt before this one had it."""
 
     @property
     def last_node(self) -> RadixNode | None:

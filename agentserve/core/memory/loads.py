@@ -60,6 +60,9 @@ class BlockLoads:
         self._loads: dict[str, Load] = {}
         self._sequence = 0
 
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._loads
+
     def backlog(self, urgency: Urgency) -> Counter[int]:
         """Blocks that are read before what is so urgent, by tier."""
         ahead = [load for load in self._loads.values() if load.order[0] <= urgency]

@@ -116,9 +116,11 @@ class MemoryManager(BlockCache):
             if path:
                 self._tree.release(path[-1])
             return Allocation(AllocationOutcome.OUT_OF_BLOCKS)
-        holding = Holding(salt, path, num_cached_tokens, session)
-        holding.trail = self._trails.take(trail, path)
+        holding = Holding(salt, path, num_cached_tokens, session, self._trails.take(trail, path))
         holding.block_ids += self._pool.take(num_new)
+        if self.residency is not None:
+            # Who grows does not wait: what is evicted for it has to be copied down before.
+            self._make_room(reserve_blocks, may_wait=True)
         holding.capacity = num_needed * self.block_size
         self._holdings[request_id] = holding
         if self._caching:
@@ -216,7 +218,7 @@ class MemoryManager(BlockCache):
             self._pool.put(path[num_ready].block_id)
         if num_ready:
             self._tree.release(path[num_ready - 1])
-            self._trails.add(path[:num_ready], holding.trail)
+            self._trails.add(path, num_ready, holding.trail)
         if holding.session is not None and holding.session.is_transient:
             self.drop(holding.session)
 

@@ -40,6 +40,9 @@ class Adapter:
     """Invocation distance of the agents that use it, the smallest one; infinite: nobody knows."""
     is_wanted: bool = False
     """Whether it is to be loaded before anybody asks."""
+    wanted_at: int = 0
+    """When that, or its distance, changed last, as a count of such events: of equally near ones, who was wanted first
+    comes first. KV is loaded beforehand in that order, too, and a call needs both."""
 
     @property
     def is_resident(self) -> bool:
@@ -94,7 +97,7 @@ class AdapterModule:
         self._used: dict[str, Adapter] = {}
         """By request that runs."""
         self._flying: tuple[AdapterLoad, Adapter] | None = None
-        self._num_events = 0
+        self._num_events = self._num_wishes = 0
         self._changed = True
         """Whether there may be a load that could not go on when somebody asked last."""
 
@@ -189,8 +192,11 @@ class AdapterModule:
             adapter = self._adapters.get(name)
             if adapter is None:
                 continue
-            adapter.distance = distance
-            adapter.is_wanted = distance < prefetch_below
+            is_wanted = distance < prefetch_below
+            if (distance, is_wanted) != (adapter.distance, adapter.is_wanted):
+                self._num_wishes += 1
+                adapter.wanted_at = self._num_wishes
+            adapter.distance, adapter.is_wanted = distance, is_wanted
             self._list(adapter)
 
     # ---- loads ----
@@ -199,7 +205,7 @@ class AdapterModule:
         """See `MemoryModule.next_load`: the most urgent adapter that has a slot, or can have one."""
         if link is not _LINK or not self._changed:
             return None
-        asked = [((*a.urgency, a.slot is None, a.sequence), a) for a in self._asked.values()]
+        asked = [((*a.urgency, a.slot is None, a.wanted_at, a.sequence), a) for a in self._asked.values()]
         found = min(asked, default=None)
         if found is not None and found[1].slot is None and not self._has_slot_for(found[0][:2]):
             # Nor is there one for those that are less urgent.

@@ -68,13 +68,16 @@ class Prefetches:
         first = self._memory.order.first_key()
         return self._memory.num_free_blocks > 1 or (first is not None and first[:_NUM_DISTANCE] < key[:_NUM_DISTANCE])
 
-    def start(self, session: SessionBlocks, distance: float, max_blocks: int) -> PrefetchOutcome:
+    def start(
+        self, session: SessionBlocks, distance: float, max_blocks: int, *, num_kept_free: int = 0
+    ) -> PrefetchOutcome:
         """Loads what lower tiers have of the path that a session used last, or as much of it as there is room for.
 
         Args:
             session: whose blocks; its group says what they are worth.
             distance: its place among the prefetches; the smallest is loaded first.
             max_blocks: free or evictable blocks that it may take.
+            num_kept_free: free blocks that it leaves to requests that grow: they cannot wait until one is copied down.
         """
         memory, size, path = self._memory, self._memory.block_size, session.path
         if not path or path[-1].is_in_tree:  # the end of a path leaves first
@@ -89,7 +92,8 @@ class Prefetches:
         # One block more than is loaded: a request has a token behind what is cached.
         num_new = min(num_found + 1, max_blocks)
         if num_new >= 2:
-            num_new = min(num_new, memory.make_room_before(num_new, session.group.key[:_NUM_DISTANCE]))
+            room = memory.make_room_before(num_new + num_kept_free, session.group.key[:_NUM_DISTANCE])
+            num_new = min(num_new, room - num_kept_free)
         if num_new < 2:
             return PrefetchOutcome.NO_ROOM
         token_ids = token_ids[: (num_ready + num_new - 1) * size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -145,6 +146,8 @@ class RadixTree:
     def acquire(self, node: RadixNode) -> None:
         """Holds a node and all its ancestors. O(those that nobody held before)."""
         parent, order, num_held = node.parent, self.order, 0
+        if not (node.children or node.num_refs or parent is None):  # no other one is a leaf
+            order.discard(node)
         while parent is not None:
             num_refs = node.num_refs
             node.num_refs = num_refs + 1
@@ -153,8 +156,6 @@ class RadixTree:
             num_held += 1
             if node.group is not None:
                 order.count_cached(node.group, -1)
-            if not node.children:
-                order.discard(node)
             node, parent = parent, parent.parent
         self.num_cached -= num_held
 
@@ -169,7 +170,7 @@ class RadixTree:
         """Lets go of the end of a path, which must be ready, and of all its ancestors. O(those that nobody holds)."""
         assert node.num_refs > 0, f"block {node.block_id} is released more often than it was acquired"
         assert node.owner is None, f"block {node.block_id} is pending and cannot stay in the cache"
-        parent, order, num_released = node.parent, self.order, 0
+        parent, order, num_released, end = node.parent, self.order, 0, node
         while parent is not None:
             num_refs = node.num_refs = node.num_refs - 1
             if num_refs:
@@ -177,9 +178,9 @@ class RadixTree:
             num_released += 1
             if node.group is not None:
                 order.count_cached(node.group, 1)
-            if not node.children:
-                order.push(node)
             node, parent = parent, parent.parent
+        if end.is_evictable:  # no other one is a leaf
+            order.push(end)
         self.num_cached += num_released
 
     def touch(self, path: list[RadixNode], session: SessionBlocks | None = None) -> None:
@@ -187,9 +188,9 @@ class RadixTree:
 
         For a holder that is about to release it: until then nothing of it can be evicted.
         """
-        self.last_access += 1
+        self.last_access = now = self.last_access + 1
         for node in path:
-            node.last_access = self.last_access
+            node.last_access = now
         if session is not None:
             self._claim(path, session)
 
@@ -250,10 +251,6 @@ class RadixTree:
         elif parent.is_evictable:
             self.order.push(parent)
 
-    def rate(self, node: RadixNode) -> tuple[float, ...]:
-        """What a block is worth in a lower tier: see `EvictionOrder.rate`."""
-        return self.order.rate(node)
-
     def evict(self) -> int:
         """Removes the evictable leaf that goes first; returns its block. There must be one."""
         return self.evict_leaf().block_id
@@ -262,10 +259,34 @@ class RadixTree:
         """Removes the evictable leaf that goes first and returns it. There must be one."""
         return self._evicted(self.order.pop())
 
-    def evict_group(self, group: EvictionGroup) -> Iterator[RadixNode]:
-        """Removes the blocks of a group that nobody needs, leaves first; yields each one once it is out."""
-        while group.num_live:
-            yield self._evicted(self.order.pop_from(group))
+    def evict_group(self, group: EvictionGroup, max_nodes: int | None = None) -> list[RadixNode]:
+        """Removes the blocks of a group that nobody needs, leaves first, at most so many; returns them in this order.
+
+        A branch goes in one go: what is above a leaf does not become one first.
+        """
+        limit, evicted = sys.maxsize if max_nodes is None else max_nodes, list[RadixNode]()
+        while group.num_live and len(evicted) < limit:
+            node = self.order.pop_from(group)
+            first = len(evicted)
+            evicted.append(node)
+            parent = node.parent
+            while (
+                parent is not None
+                and len(evicted) < limit
+                and parent.group is node.group
+                and not parent.num_refs
+                and parent.parent is not None
+                and len(parent.children) == 1
+            ):
+                parent.children.clear()
+                node = parent
+                evicted.append(node)
+                parent = node.parent
+            if node.group is not None:
+                self.order.count_cached(node.group, first - len(evicted))
+            self.remove(node)
+        self.num_cached -= len(evicted)
+        return evicted
 
     def forget_sessions(self) -> None:
         """Nobody's blocks are anybody's any more, and the least recently used one goes first."""

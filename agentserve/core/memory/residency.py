@@ -25,6 +25,7 @@ from typing import TypeAlias
 from agentserve.config import TieringConfig
 from agentserve.core.adapters import TransferOrder
 from agentserve.core.memory.copies import Copy, depth_of, runs_of
+from agentserve.core.memory.eviction import EvictionGroup, EvictionOrder, key_of
 from agentserve.core.memory.flush import FlushQueue
 from agentserve.core.memory.load_queue import LoadQueue, LoadTask, Urgency
 from agentserve.core.memory.loads import BlockLoads, Load, LoadProgress, Place
@@ -48,7 +49,7 @@ class Residency:
         config: TieringConfig,
         block_size: int,
         *,
-        rate: Callable[[RadixNode], tuple[float, ...]],
+        order: EvictionOrder,
         free_block: Callable[[int], None],
         recompute_ns: RecomputeCost | None,
         queue: LoadQueue,
@@ -58,21 +59,24 @@ class Residency:
         Args:
             config: the tiers, the nearest one first.
             block_size: tokens in a block.
-            rate: what a block is worth: the key of the eviction policy.
+            order: what blocks are worth, by the eviction policy.
             free_block: gives a block of the device back to its pool.
             recompute_ns: what computing costs; None: a copy is always taken to be cheaper.
             queue: of all loads.
         """
+        self.num_queued_tokens: Callable[[], int] = lambda: 0
+        """Tokens that the device has to compute anyway, before anything that is decided now."""
         self.num_leaving_blocks = 0
         """Blocks of the device that are evicted and will be free when they have been copied."""
         self.num_copying_blocks = 0
         """Blocks of the device that are being copied and are not leaving: evicting them frees nothing at once."""
         self._config = config
         self._size = block_size
-        self._rate = rate
+        self._worth = order.worth
         self._free_block = free_block
         self._recompute_ns = recompute_ns
         self._tiers = [TierStore(tier) for tier in config.tiers]
+        order.on_rekey = self._rekeyed
         self._outbound: dict[bytes, Copy] = {}
         """Copies from the device, queued or under way."""
         self._urgent: list[deque[Copy]] = [deque() for _ in self._tiers]
@@ -131,23 +135,29 @@ class Residency:
     def worth_loading(self, found: list[Place], start: int, urgency: Urgency) -> list[Place]:
         """The runs of `found`, each in one tier, up to the first that is computed sooner than it is loaded.
 
-        `start`: tokens before them. What is queued for the same link and goes first counts.
+        `start`: tokens before them. What is queued for the same link and goes first counts, and on the other side what
+        the device has to compute first.
         """
         if not found:
             return found
         backlog = self._loads.backlog(urgency)
+        num_before = self.num_queued_tokens() if backlog else 0
         end = 0
         while end < len(found):
             tier, first = found[end][0], end
             while end < len(found) and found[end][0] == tier:
                 end += 1
-            if not self._is_worth(tier, end - first, start + first * self._size, backlog[tier]):
+            if not self._is_worth(tier, end - first, start + first * self._size, backlog[tier], num_before):
                 return found[:first]
         return found
 
     def hurry(self, request_id: str, urgency: Urgency) -> None:
         """Somebody waits for a load from now on."""
         self._loads.hurry(request_id, urgency)
+
+    def is_loading(self, request_id: str) -> bool:
+        """Whether something comes for the request."""
+        return request_id in self._loads
 
     def begin_load(self, request_id: str, places: Sequence[Place], block_ids: Sequence[int], urgency: Urgency) -> None:
         """Queues the copies into `block_ids`, which belong to the request until the load is over."""
@@ -168,7 +178,7 @@ class Residency:
                 break
             entry = below.find(content_id(node))
             if entry is not None:
-                below.rate(entry, self._rate(node))
+                below.rate(entry, self._worth(node))
             elif node.content_id not in self._outbound:
                 fresh.append(node)
         if self._config.write_back == "incremental":
@@ -196,7 +206,7 @@ class Residency:
                 del self._outbound[found]
             elif entry is not None or copy is not None:
                 if entry is not None:
-                    below.rate(entry, self._rate(node))
+                    below.rate(entry, self._worth(node))
                 self._free_block(node.block_id)
                 continue
             fresh.append(node)
@@ -305,9 +315,13 @@ class Residency:
 
     # ---- down ----
 
+    def _rekeyed(self, group: EvictionGroup) -> None:
+        for store in self._tiers:
+            store.rekeyed(group)
+
     def _copy(self, node: RadixNode) -> Copy:
         assert node.parent is not None
-        copy = Copy(content_id(node), content_id(node.parent), self._rate(node), node.block_id, None)
+        copy = Copy(content_id(node), content_id(node.parent), self._worth(node), node.block_id, None)
         self._outbound[copy.content_id] = copy
         return copy
 
@@ -334,11 +348,11 @@ class Residency:
         if copy.is_cancelled:
             return True
         forced = copy.is_leaving or copy.origin is not None
-        fits = self._make_room(index, copy.key, forced)
+        fits = self._make_room(index, key_of(copy.worth), forced)
         if fits is None:
             return False
         if fits:
-            copy.entry = store.insert(copy.content_id, copy.parent_id, copy.key)
+            copy.entry = store.insert(copy.content_id, copy.parent_id, copy.worth)
             self.num_copying_blocks += not forced
             copies.append(copy)
         else:
@@ -399,7 +413,7 @@ class Residency:
                     if self._tiers[below].find(entry.content_id) is not None:
                         break
                     store.acquire(entry)
-                    down = Copy(entry.content_id, entry.parent_id, entry.key, entry.slot, (index, entry))
+                    down = Copy(entry.content_id, entry.parent_id, entry.worth, entry.slot, (index, entry))
                     self._urgent[below].append(down)
                 return None
         return True
@@ -426,9 +440,10 @@ class Residency:
         self._flying[index, is_load] = (transfer, cargo)
         return transfer
 
-    def _is_worth(self, tier: int, num_blocks: int, start: int, num_queued: int = 0) -> bool:
-        """Whether loading a run of blocks, behind others on the same link, is predicted to beat computing it."""
+    def _is_worth(self, tier: int, num_blocks: int, start: int, num_queued: int = 0, num_before: int = 0) -> bool:
+        """Whether loading a run of blocks, behind others on the same link, is predicted to beat computing it behind
+        `num_before` other tokens."""
         if self._recompute_ns is None:
             return True
         load_ns = self._config.load_ns(tier, num_queued + num_blocks)
-        return load_ns < self._recompute_ns(start, num_blocks * self._size)
+        return load_ns < self._recompute_ns(start, num_before + num_blocks * self._size)

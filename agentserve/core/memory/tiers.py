@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from agentserve.config import TierConfig
 from agentserve.core.memory.block import BlockPool
+from agentserve.core.memory.eviction import EvictionGroup, Worth, key_of
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.stats import TierStats
 from agentserve.core.transfers import StoredBlock, Tier
@@ -53,13 +54,15 @@ def content_id(node: RadixNode) -> bytes:
 class TierEntry:
     """A block in a tier. It is *arriving* until it has been written, and locked while it is read."""
 
-    __slots__ = ("content_id", "is_ready", "key", "num_refs", "parent_id", "sequence", "slot", "stamp")
+    __slots__ = ("content_id", "is_ready", "key", "num_refs", "parent_id", "sequence", "slot", "stamp", "worth")
 
-    def __init__(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...], slot: int, sequence: int) -> None:
+    def __init__(self, content_id: bytes, parent_id: bytes, worth: Worth, slot: int, sequence: int) -> None:
         self.content_id = content_id
         self.parent_id = parent_id
-        self.key = key
-        """What it is worth, by the eviction policy: smallest goes first."""
+        self.worth = worth
+        """By the eviction policy."""
+        self.key = key_of(worth)
+        """What that was when it was listed last: smallest goes first."""
         self.slot = slot
         self.sequence = sequence
         self.is_ready = False
@@ -85,6 +88,8 @@ class TierStore:
         """Entries directly behind a block, whether that one is here or not."""
         self._heap: list[tuple[tuple[float, ...], int, int, TierEntry]] = []
         self._num_stale = 0
+        self._leaves: dict[EvictionGroup, dict[TierEntry, None]] = {}
+        """The entries in the heap, by their groups."""
         self._last_sequence = 0
 
     @property
@@ -100,10 +105,10 @@ class TierStore:
         """The block, ready or arriving."""
         return self._entries.get(content_id)
 
-    def insert(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...]) -> TierEntry:
+    def insert(self, content_id: bytes, parent_id: bytes, worth: Worth) -> TierEntry:
         """Takes a free slot for a block that is about to be written. There must be one, and the block must be new."""
         (slot,) = self._pool.take(1)
-        return self._add(content_id, parent_id, key, slot)
+        return self._add(content_id, parent_id, worth, slot)
 
     def restore(self, blocks: Iterable[StoredBlock]) -> None:
         """Takes in what the tier held before it was known, in slots that are free. The first one is worth least.
@@ -112,12 +117,12 @@ class TierStore:
         """
         for block in blocks:
             self._pool.take_exactly(block.slot)
-            self.arrived(self._add(block.content_id, block.parent_id, (), block.slot))
+            self.arrived(self._add(block.content_id, block.parent_id, (None, ()), block.slot))
 
-    def _add(self, content_id: bytes, parent_id: bytes, key: tuple[float, ...], slot: int) -> TierEntry:
+    def _add(self, content_id: bytes, parent_id: bytes, worth: Worth, slot: int) -> TierEntry:
         assert content_id not in self._entries, "the block is in the tier already"
         self._last_sequence += 1
-        entry = TierEntry(content_id, parent_id, key, slot, self._last_sequence)
+        entry = TierEntry(content_id, parent_id, worth, slot, self._last_sequence)
         self._entries[content_id] = entry
         parent = self._entries.get(parent_id)
         if parent is not None:
@@ -141,11 +146,17 @@ class TierStore:
         entry.num_refs -= 1
         self._list(entry)
 
-    def rate(self, entry: TierEntry, key: tuple[float, ...]) -> None:
+    def rate(self, entry: TierEntry, worth: Worth) -> None:
         """Changes what a block is worth."""
-        if key != entry.key:
+        if worth != entry.worth:
             self._unlist(entry)
-            entry.key = key
+            entry.worth = worth
+            self._list(entry)
+
+    def rekeyed(self, group: EvictionGroup) -> None:
+        """A group of blocks is worth more or less than before. O(log n) for each end of a prefix in it."""
+        for entry in tuple(self._leaves.get(group, ())):
+            self._unlist(entry)
             self._list(entry)
 
     def discard(self, entry: TierEntry) -> None:
@@ -219,6 +230,9 @@ class TierStore:
         evictable = {entry.sequence for entry in self._entries.values() if self._is_evictable(entry)}
         assert sorted(entry.sequence for entry in live) == sorted(evictable), f"{self.tier}: the heap is wrong"
         assert len(self._heap) - len(live) == self._num_stale, f"{self.tier}: wrong count of stale heap entries"
+        leaves = [leaf for leaves in self._leaves.values() for leaf in leaves]
+        assert {id(leaf) for leaf in leaves} == {id(entry) for entry in live if entry.worth[0] is not None}
+        assert all(entry.key == key_of(entry.worth) for entry in live), f"{self.tier}: an entry has an old key"
 
     def _is_evictable(self, entry: TierEntry) -> bool:
         return entry.is_ready and not entry.num_refs and entry.content_id not in self._num_children
@@ -231,10 +245,20 @@ class TierStore:
             self._heap = [item for item in self._heap if item[2] == item[3].stamp]
             heapq.heapify(self._heap)
             self._num_stale = 0
+        entry.key = key_of(entry.worth)
         heapq.heappush(self._heap, (entry.key, entry.sequence, entry.stamp, entry))
+        group = entry.worth[0]
+        if group is not None:
+            self._leaves.setdefault(group, {})[entry] = None
 
     def _unlist(self, entry: TierEntry) -> None:
         """Makes the entry's place in the heap stale, if it has one; called before it changes."""
         if self._is_evictable(entry):
             entry.stamp += 1
             self._num_stale += 1
+            group = entry.worth[0]
+            if group is not None:
+                leaves = self._leaves[group]
+                del leaves[entry]
+                if not leaves:
+                    del self._leaves[group]

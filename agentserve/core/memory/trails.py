@@ -19,12 +19,17 @@ _MIN_BLOCKS = 8
 
 
 class Trail:
-    """A path of ready nodes and all its tokens. None of the lists is changed once it is here."""
+    """A path of ready nodes, their blocks and all their tokens.
 
-    __slots__ = ("path", "token_ids")
+    It has one owner: it is among the latest ones, or belongs to the request that goes on from it, which makes it longer
+    in the end. So nothing of it is copied for that.
+    """
 
-    def __init__(self, path: list[RadixNode], token_ids: list[int]) -> None:
+    __slots__ = ("block_ids", "path", "token_ids")
+
+    def __init__(self, path: list[RadixNode], block_ids: list[int], token_ids: list[int]) -> None:
         self.path = path
+        self.block_ids = block_ids
         self.token_ids = token_ids
 
 
@@ -57,18 +62,20 @@ class Trails:
         if trail is None:
             return None
         assert path[len(trail.path) - 1] is trail.path[-1], "a path does not begin with its trail"
-        if trail in self._trails:
+        if trail in self._trails:  # else it was forgotten meanwhile
             self._trails.remove(trail)
         return trail
 
-    def add(self, path: list[RadixNode], before: Trail | None) -> None:
-        """Somebody is done with a path, which goes on from the trail `before`."""
-        if len(path) < _MIN_BLOCKS:
+    def add(self, path: Sequence[RadixNode], num_ready: int, before: Trail | None) -> None:
+        """Somebody is done with a path, which goes on from the trail `before`; so many of its nodes are ready."""
+        if num_ready < _MIN_BLOCKS:
             return
-        num_known = 0 if before is None else len(before.path)
-        token_ids = [] if before is None else before.token_ids.copy()
-        token_ids += chain.from_iterable([node.key for node in path[num_known:]])
-        self._trails.append(Trail(path, token_ids))
+        trail = Trail([], [], []) if before is None else before
+        fresh = path[len(trail.path) : num_ready]
+        trail.path += fresh
+        trail.block_ids += [node.block_id for node in fresh]
+        trail.token_ids += chain.from_iterable([node.key for node in fresh])
+        self._trails.append(trail)
         if len(self._trails) > MAX_TRAILS:
             del self._trails[0]
 
@@ -83,8 +90,13 @@ class Trails:
         if not num_blocks:
             del self._trails[index]
             return None
-        cut = self._trails[index] = Trail(trail.path[:num_blocks], trail.token_ids[: num_blocks * self._size])
-        return cut
+        for items, count in (
+            (trail.path, num_blocks),
+            (trail.block_ids, num_blocks),
+            (trail.token_ids, num_blocks * self._size),
+        ):
+            del items[count:]
+        return trail
 
 
 def _as_list(token_ids: Sequence[int]) -> list[int]:

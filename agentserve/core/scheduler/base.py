@@ -5,10 +5,11 @@ What goes into the batches is what schedulers differ in: `lanes.py` is ours, `ba
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from agentserve.core.batch import Batch, Lane, ScheduledChunk
+from agentserve.core.batch import Batch, BatchShape, Lane, OpenPrompts, ScheduledChunk
 from agentserve.core.classify import classify
 from agentserve.core.events import BatchScheduled, EngineEvent, RequestAdmitted
 from agentserve.core.memory.load_queue import urgency_of
@@ -56,8 +57,8 @@ class Scheduler(Books, ABC):
 
     def _fill(self, now_ns: int, events: list[EngineEvent], batches: list[Batch]) -> None:
         chunks = self._compose(now_ns, events)
-        busy = {lane for lane, lane_chunks in chunks.items() if lane_chunks}.union(self.in_flight)
-        co_running = len(busy) == _NUM_LANES
+        num_started = sum([bool(lane_chunks) and lane not in self.in_flight for lane, lane_chunks in chunks.items()])
+        co_running = len(self.in_flight) + num_started == _NUM_LANES
         partition = self._co_partition() if co_running else self._table.whole
         for lane, lane_chunks in chunks.items():
             if not lane_chunks:
@@ -122,11 +123,11 @@ class Scheduler(Books, ABC):
                 request.adapter_slot = adapters.acquire(request)
             self.running.add(request)
             self._reading.add(request)
+            request.prefill_target = len(request.token_ids)
+            request.num_computed_tokens = allocation.num_cached_tokens
         for request, allocation in admitted:
             self.waiting.remove(request)
             request.status = _RUNNING
-            request.prefill_target = len(request.token_ids)
-            request.num_computed_tokens = allocation.num_cached_tokens
             if allocation.num_loading_tokens:
                 request.in_flight = True
                 self._loading.add(request.request_id)
@@ -225,13 +226,35 @@ class Scheduler(Books, ABC):
             request.sequence,
         )
 
-    def _prompts(self, requests: Iterable[Request], budget: int) -> list[ScheduledChunk]:
-        """The next chunks of `requests`, in their order, `budget` tokens in all."""
-        chunks = []
+    def _share(self, now_ns: int, requests: Sequence[Request], decodes: Sequence[ScheduledChunk]) -> int:
+        """How many tokens of these prompts a policy wants in a batch with these decodes."""
+        assert self.shape_batch is not None, "nobody shapes batches"
+        return self.shape_batch(
+            OpenPrompts(
+                num_tokens=sum([request.num_remaining_prefill_tokens for request in requests]),
+                waited_ns=sum([now_ns - (request.first_scheduled_ns or now_ns) for request in requests]),
+                decodes=BatchShape(len(decodes), sum([chunk.end for chunk in decodes]), num_samples=len(decodes)),
+                num_waiting=len(self.waiting),
+            )
+        )
+
+    def _prompts(
+        self, now_ns: int, requests: Sequence[Request], budget: int, decodes: Sequence[ScheduledChunk] = ()
+    ) -> list[ScheduledChunk]:
+        """The next chunks of `requests`, in their order, `budget` tokens in all, for a batch with these decodes.
+
+        Fewer if a policy wants the first of them to be done sooner, or the batch to be done sooner; it cuts no prompt.
+        """
+        chunks: list[ScheduledChunk] = []
+        share = sys.maxsize if self.shape_batch is None or not requests else self._share(now_ns, requests, decodes)
+        if decodes and not share:
+            return chunks
         for request in requests:
-            if budget <= 0:
+            num_tokens = request.num_remaining_prefill_tokens
+            if budget <= 0 or (chunks and num_tokens > share):
                 break
-            num_tokens = min(budget, request.num_remaining_prefill_tokens)
+            num_tokens = min(budget, num_tokens)
+            share -= num_tokens
             budget -= num_tokens
             block_ids = self._memory.blocks_for(request.request_id, request.num_computed_tokens + num_tokens)
             assert block_ids is not None, "a prompt has its blocks since its admission"

@@ -23,7 +23,7 @@ class ChunkedScheduler(RunScheduler):
         if self.in_flight:
             return {}
         decodes = self._decodes(now_ns, events)
-        prompts = self._prompts(self._prefilling(), self._config.max_num_batched_tokens - len(decodes))
+        prompts = self._prompts(now_ns, self._prefilling(), self._config.max_num_batched_tokens - len(decodes), decodes)
         return {Lane.DECODE if decodes else Lane.PREFILL: decodes + prompts}
 
 
@@ -36,7 +36,7 @@ class PrefillFirstScheduler(RunScheduler):
     def _compose(self, now_ns: int, events: list[EngineEvent]) -> dict[Lane, list[ScheduledChunk]]:
         if self.in_flight:
             return {}
-        prompts = self._prompts(self._prefilling(), self._config.max_num_batched_tokens)
+        prompts = self._prompts(now_ns, self._prefilling(), self._config.max_num_batched_tokens)
         if prompts:
             return {Lane.PREFILL: prompts}
         return {Lane.DECODE: self._decodes(now_ns, events)}

@@ -5,8 +5,10 @@ Each lane has at most one batch in flight, the decode lane two if it looks ahead
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from agentserve.config import EngineConfig
-from agentserve.core.batch import Batch, BatchOutput, Lane
+from agentserve.core.batch import Batch, BatchOutput, Lane, OpenPrompts
 from agentserve.core.controllers import Controller, Decision
 from agentserve.core.events import EngineEvent, RequestPreempted
 from agentserve.core.memory.manager import MemoryManager
@@ -50,6 +52,8 @@ class Books:
         """Requests that have ended but are in the batch `ahead`, which still writes to their blocks."""
         self.decision: Decision | None = None
         """How the device is shared at present, if a controller decides that."""
+        self.shape_batch: Callable[[OpenPrompts], int] | None = None
+        """How many tokens of prompts a batch is to read, if a policy has a say in that."""
         self._observer = LaneObserver()
         self._waits_for: dict[str, str] = {}
         """Waiting request -> the request that computes the prefix it needs; asked again when that one moves on."""
@@ -62,6 +66,8 @@ class Books:
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
+        if memory.residency is not None:
+            memory.residency.num_queued_tokens = self._num_unread_tokens
 
     # ---- what the engine tells ----
 
@@ -142,6 +148,12 @@ class Books:
                 request.order_key = ()
         for queue in (self.waiting, self.running, self._reading, self._decoding):
             queue.sort()
+
+    def _num_unread_tokens(self) -> int:
+        """Tokens of prompts that are to be computed, without what is being loaded."""
+        residency = self._memory.residency
+        assert residency is not None, "there are no tiers"
+        return sum(r.num_remaining_prefill_tokens for r in self._reading if not residency.is_loading(r.request_id))
 
     def num_claimed_blocks(self) -> int:
         """Blocks that requests may need which have come: all of those that wait, one more of each that runs."""

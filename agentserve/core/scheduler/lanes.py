@@ -63,19 +63,21 @@ class LaneScheduler(RunScheduler):
             short, long = self._still_running(short), self._still_running(long)
             if takes_turns and (decodes or short) and _PREFILL not in self.in_flight:
                 # All in one order: short ones that keep coming must not starve a long one.
-                prompts = self._prompts(self._still_running(prefilling), self._room(decision.prefill_chunk, decodes))
+                prompts = self._prompts(
+                    now_ns, self._still_running(prefilling), self._room(decision.prefill_chunk, decodes), decodes
+                )
             else:
                 # Nobody's next token is delayed when nobody decodes: then the budget would only slow the resume down.
                 budget = decision.resume_budget if decodes else max(decision.resume_budget, decision.prefill_chunk)
                 # The first of the long ones is for the prefill lane, if that is idle.
                 waiting = long if _PREFILL in self.in_flight else long[1:]
                 guests = waiting if decision.shares_budget and decodes else []
-                prompts = self._prompts([*short, *guests], self._room(budget, decodes))
+                prompts = self._prompts(now_ns, [*short, *guests], self._room(budget, decodes), decodes)
             chunks[_DECODE] = decodes + prompts
         decode_lane_busy = _DECODE in self.in_flight or bool(chunks.get(_DECODE))
         if _PREFILL not in self.in_flight and not (takes_turns and decode_lane_busy):
             long = [request for request in long if not request.in_flight]
-            chunks[_PREFILL] = self._prompts(long, self._room(self._near_end(long, decision.prefill_chunk), []))
+            chunks[_PREFILL] = self._prompts(now_ns, long, self._room(self._near_end(long, decision.prefill_chunk), []))
         return chunks
 
     # ---- runs ----

@@ -122,11 +122,11 @@ class SimulatedExecutor:
         return [*done, *self._links.poll(now_ns)]
 
     def next_completion_ns(self) -> int | None:
-        batch_ns = min((lane[0].finished_ns for lane in self._in_flight.values() if lane), default=None)
-        transfer_ns = self._links.next_completion_ns()
-        if batch_ns is None or transfer_ns is None:
-            return transfer_ns if batch_ns is None else batch_ns
-        return min(batch_ns, transfer_ns)
+        next_ns = self._links.next_completion_ns()
+        for lane in self._in_flight.values():
+            if lane and (next_ns is None or lane[0].finished_ns < next_ns):
+                next_ns = lane[0].finished_ns
+        return next_ns
 
     def decode_ends(self, plan: DecodePlan, before_ns: int | None) -> tuple[int, list[int]]:
         decodes, prefills = self._in_flight[Lane.DECODE], self._in_flight[Lane.PREFILL]
@@ -199,8 +199,11 @@ class SimulatedExecutor:
             block_ids = chunk.block_ids
             if self._checked.get(chunk.request_id) is block_ids:  # the control plane keeps the tuple until it changes
                 continue
-            # Blocks of a request stay as they are, and others come behind them.
-            fresh = block_ids[len(self._checked.get(chunk.request_id, ())) :] or block_ids[-1:]
+            # Blocks of a request stay as they are, and others come behind them. Those before the chunk, when it is the
+            # first one, were written by others.
+            known = self._checked.get(chunk.request_id)
+            first = chunk.start // self._capabilities.block_size if known is None else len(known)
+            fresh = block_ids[first:] or block_ids[-1:]
             if min(fresh) < 0 or max(fresh) >= self._capabilities.num_blocks:
                 return f"request {chunk.request_id} has a block id outside the pool"
             self._checked[chunk.request_id] = block_ids

@@ -55,6 +55,8 @@ class SimulatedLinks:
 
     def poll(self, now_ns: int) -> list[TransferOutput | AdapterLoadOutput]:
         """What is done by now: copies between tiers in the order of finishing, then those of adapters."""
+        if not (self._in_flight or self._adapter_loads):
+            return []
         done: list[TransferOutput] = []
         for link in self._in_flight.values():
             while link and link[0].finished_ns <= now_ns:
@@ -68,6 +70,8 @@ class SimulatedLinks:
 
     def next_completion_ns(self) -> int | None:
         """When the next copy is done; None if nothing is under way."""
+        if not (self._in_flight or self._adapter_loads):
+            return None
         links: list[deque[TransferOutput] | deque[AdapterLoadOutput]] = [*self._in_flight.values(), self._adapter_loads]
         return min((link[0].finished_ns for link in links if link), default=None)
 

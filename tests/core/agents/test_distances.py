@@ -12,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentserve.config import EngineConfig, TierConfig, TieringConfig
+from agentserve.core.agents.costs import ForwardCosts
 from agentserve.core.agents.distances import DistanceBook
 from agentserve.core.agents.policies.invocation_distance import MAX_MOVES, PATIENCE_NS, InvocationDistance
 from agentserve.core.agents.policy import PlaceAdapter, Rescore, TurnEvent, TurnKind
 from agentserve.core.agents.registry import AgentRegistry, Session
+from agentserve.core.batch import BatchShape, OpenPrompts
 from agentserve.core.decision_log import describe
 from agentserve.core.events import SetDistances, TokenGenerated
 from agentserve.core.memory.eviction import EvictionOrder, Rank
 from agentserve.core.memory.sharing import MAX_USERS, UserGroup
-from agentserve.core.request import Request, SamplingParams
-from agentserve.core.transfers import Transfer, TransferKind
+from agentserve.core.request import Request, SamplingParams, WorkClass
+from agentserve.core.transfers import Tier, Transfer, TransferKind
 from agentserve.errors import ConfigError
 from agentserve.runtime.live import Recorder
 from agentserve.runtime.replay import replay
@@ -35,7 +37,7 @@ HOST = TieringConfig(BLOCK_BYTES, (TierConfig("host", 64, 4e6, 4e6),), max_trans
 
 def session(name: str) -> Session:
     registry = AgentRegistry()
-    return registry.open(name, name, None, 0, EvictionOrder().new_group((Rank.PRIVATE,)))[0]
+    return registry.open(name, name, None, 0, lambda: EvictionOrder().new_group((Rank.PRIVATE,)))[0]
 
 
 def put(book: DistanceBook, name: str, distance: float, *, relative: bool = False) -> bool:
@@ -84,6 +86,73 @@ def test_a_call_moves_the_others_nearer_but_nobody_past_his_turn() -> None:
     book.ended("a", 2)
     book.began("new", session("new"))  # nobody knew when it would come, so nothing follows from it
     assert book.distance("a") == 2
+
+
+def test_who_is_late_holds_the_others_back_until_too_many_are_early() -> None:
+    book = DistanceBook()
+    for name, distance in (("now", 1), ("late", 1), ("a", 2), ("b", 2), ("c", 2), ("d", 5)):
+        put(book, name, distance)
+    book.began("now", session("now"))
+    for name in "ab":
+        book.began(name, session(name))
+        assert book.distance("d") == 4, "they may be early"
+    book.began("c", session("c"))  # three are ahead of one: it is he who is late
+    assert book.distance("d") == 3 and book.distance("late") == 0
+    put(book, "e", 1)
+    book.began("e", session("e"))  # nobody waits for him any more
+    assert book.distance("d") == 2
+    put(book, "late", 1)
+    put(book, "f", 2)
+    for name in ("late", "f"):
+        book.began(name, session(name))  # he is back in the order: 1 has passed, then 1 more
+    assert book.distance("d") == 0
+
+
+def test_one_who_is_always_early_counts_once() -> None:
+    book = DistanceBook()
+    put(book, "now", 1)
+    put(book, "waits", 1)
+    put(book, "far", 9)
+    book.began("now", session("now"))
+    hasty = session("hasty")
+    for _ in range(9):
+        put(book, "hasty", 5)
+        book.began("hasty", hasty)
+        book.ended("hasty", None)
+    assert book.distance("far") == 8
+
+
+def test_batches_of_prompts_that_come_at_once() -> None:
+    def batch_ns(shape: BatchShape) -> int:
+        beside = 6 if shape.num_decodes and shape.num_prefill_tokens else 0
+        return 10 + beside + shape.num_decodes + 2 * shape.num_prefill_tokens
+
+    policy = InvocationDistance(2.0, ForwardCosts(10.0, 2.0, 5, batch_ns))
+    alone, beside = BatchShape(), BatchShape(4, 40, num_samples=4)
+    # A batch of n tokens takes 12 + 2 * (n - 1): sqrt(180^2 * 12 / (370 - 12)) = 32.95
+    assert policy.batch_tokens(OpenPrompts(180, 0, alone, num_waiting=7)) == 32
+    # Prompts make decodes beside them 22 - 14 = 8 longer, for each of 7: they are read when they have waited for 56.
+    assert policy.batch_tokens(OpenPrompts(180, 55, beside, num_waiting=7)) == 0
+    assert policy.batch_tokens(OpenPrompts(180, 56, beside, num_waiting=7)) == 44  # sqrt(180^2 * 22 / 358)
+    assert policy.batch_tokens(OpenPrompts(180, 0, beside, num_waiting=0)) == 44  # nobody else waits
+    assert InvocationDistance(2.0).batch_tokens(OpenPrompts(180, 0, beside, num_waiting=7)) == 180
+
+
+@pytest.mark.parametrize("policy", ["invocation_distance", "lru"])
+def test_the_first_of_many_prompts_do_not_wait_for_the_last(policy: str) -> None:
+    driver = virtual(scheduler="chunked", policy=policy)
+    for index in range(8):
+        driver.at(0, submit(f"r{index}", 8, max_tokens=2))
+    results = play(driver)
+    batches = [batch for result in results for batch in result.batches]
+    prompts = [sum(chunk.work_class is not WorkClass.DECODE for chunk in batch.chunks) for batch in batches]
+    first_ns = [end.stats.first_token_ns or 0 for end in finished(results).values()]
+    if policy == "lru":
+        assert prompts == [8, 0]
+    else:
+        # A batch takes 8 ms and 1 ms for each token beyond 8: sqrt(64^2 * 8 / 56) = 24 tokens, so 3 of the prompts.
+        assert prompts[0] == 3 and sum(prompts) == 8 and max(prompts) == 3
+        assert min(first_ns) == pytest.approx(24 * MS, rel=0.01) and sum(first_ns) < 8 * 64 * MS
 
 
 def open_call(policy: InvocationDistance, found: Session, sequence: int) -> None:
@@ -237,6 +306,20 @@ def test_a_prefetch_gives_way_to_a_call_that_needs_its_blocks_and_goes_on_later(
     assert finished(results)["d/1001"].stats.num_cached_tokens == 16
     assert finished(results)["d/1001"].at_ns < 1025 * MS
     assert cached(driver, "g") == 16
+
+
+def test_a_full_host_tier_keeps_those_who_are_near() -> None:
+    host = TieringConfig(BLOCK_BYTES, (TierConfig("host", 8, 4e6, 4e6),), max_transfer_blocks=2)  # two agents' blocks
+    driver = virtual(num_blocks=9, max_model_len=24, policy="invocation_distance", tiering=host, max_num_seqs=1)
+    for index, name in enumerate("abcd"):
+        call(driver, name, 200 * index)
+        # `a` was used longest ago, and is next; nobody has asked for its blocks since.
+        tell(driver, 200 * index + 100, **{other: 3.0 + (other != "a") * 5 for other in "abcd"[: index + 1]})
+    play(driver, 1000)
+    prompts = {name: [1000 * ord(name) + i for i in range(17)] for name in "abcd"}
+    below = {name: driver.core.memory.locate([(prompt, None)]).num_tier_blocks for name, prompt in prompts.items()}
+    assert below["a"][Tier.HOST] == 4
+    assert sum(found.get(Tier.HOST, 0) for found in below.values()) == 8
 
 
 def test_an_urgent_load_goes_before_the_rest_of_a_prefetch() -> None:

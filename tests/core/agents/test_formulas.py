@@ -6,7 +6,7 @@ import pytest
 
 from agentserve.core.agents.costs import ForwardCosts
 from agentserve.core.agents.policies.min_waste import discard_waste, preserve_waste
-from agentserve.core.agents.policies.ttl import Memoryfulness, best_ttl_ns
+from agentserve.core.agents.policies.ttl import Memoryfulness
 from agentserve.core.agents.registry import GapSamples, GapStatistics
 from agentserve.core.slots import build_partition_table
 from tests.core.builders import cost_model
@@ -29,17 +29,17 @@ def samples(*gaps_ns: int) -> GapSamples:
     ],
 )
 def test_the_ttl_pays_best(benefit_ns: int, expected_ns: int) -> None:
-    assert best_ttl_ns(samples(3, 1, 100, 2), benefit_ns) == expected_ns
+    assert samples(3, 1, 100, 2).best_wait_ns(benefit_ns) == expected_ns
 
 
 def test_of_many_gaps_every_fourth_is_tried_and_the_longest() -> None:
     many = samples(*range(1, 129))
     # P(gap <= t) * 256 - t = 2t - t grows with t up to the longest gap, 128.
-    assert best_ttl_ns(many, 256) == 128
+    assert many.best_wait_ns(256) == 128
     # 127 short gaps and a very long one: 127/128 of 1,280 are 1,270, for 10. Of 128 gaps ranks 4, 8, ... 128 are tried.
-    assert best_ttl_ns(samples(*[10] * 127, 10**9), 1280) == 10
+    assert samples(*[10] * 127, 10**9).best_wait_ns(1280) == 10
     # Ranks 1 to 3 are passed over: rank 4 is the first time that is tried, and 4/128 * 128 is no more than it costs.
-    assert best_ttl_ns(many, 128) == 0
+    assert many.best_wait_ns(128) == 0
 
 
 def test_gaps_are_those_of_the_tool_once_there_are_enough() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from random import Random
 
 import pytest
@@ -11,14 +12,20 @@ from agentserve.core.agents import returns
 from agentserve.core.agents.returns import BACK_OFF, Progress, Returns
 
 
+def done(work: Iterator[None]) -> None:
+    """To its end."""
+    deque(work, maxlen=0)
+
+
 def played(made: Returns, agents: Sequence[str], *, ends: bool = False) -> Progress:
     """One task with these calls."""
     progress = Progress()
     for agent in agents:
-        made.called(progress, agent)
+        done(made.called(progress, agent))
+        done(progress.refresh())
         assert all(0.0 < index <= 1.0 for index in progress.indices.values())
     if ends:
-        made.ended(progress)
+        done(made.ended(progress))
     return progress
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
+from agentserve.config import TierConfig, TieringConfig
 from agentserve.core.memory.manager import Allocation, AllocationOutcome, MemoryManager, PrefixLock, PrefixMatch
+from agentserve.core.transfers import Transfer, TransferOutput
 from agentserve.errors import ConfigError
 
 OUT_OF_BLOCKS = Allocation(AllocationOutcome.OUT_OF_BLOCKS)
@@ -315,6 +317,22 @@ def test_reserved_blocks_do_not_depend_on_what_others_hold() -> None:
     assert memory.allocate("b", tokens(9), reserve_blocks=1) == OUT_OF_BLOCKS
     assert memory.allocate("b", tokens(9)) == allocated(8)
     assert counts(memory) == (0, 0, 0)
+
+
+def test_what_makes_room_for_those_that_grow_is_copied_down_before() -> None:
+    host = TieringConfig(4000, (TierConfig("host", 16, 4e6, 4e6),), write_back="on_evict")
+    memory = MemoryManager(8, 4, tiering=host)
+    run(memory, "a", tokens(20))
+    memory.free("a")  # 5 blocks, nowhere else
+    assert memory.allocate("b", tokens(8, 100), reserve_blocks=3).outcome is AllocationOutcome.ALLOCATED
+    # One block is free; two are on their way down before any of three requests that run has asked for one.
+    (transfer,) = memory.start_transfers()
+    assert isinstance(transfer, Transfer) and len(transfer.source_ids) == 2 and memory.num_free_blocks == 1
+    memory.finish_transfer(TransferOutput(transfer.transfer_id, 0, 1))
+    assert memory.num_free_blocks == 3
+    assert memory.extend("b", 20) and memory.residency is not None
+    assert memory.residency.stats()[0].num_dropped_blocks == 0
+    memory.check_invariants()
 
 
 def test_block_ids_are_made_once_per_change() -> None:

@@ -97,6 +97,14 @@ def test_prefetch_takes_the_place_of_what_is_farther_and_of_nothing_else() -> No
     assert resident(adapters) == set("bc")
 
 
+def test_of_equally_near_ones_who_was_wanted_first_comes_first() -> None:
+    adapters = module(3)
+    for name in "cab":
+        adapters.set_distances({name: 1.0}, prefetch_below=2.0)
+    adapters.set_distances({"c": 1.0}, prefetch_below=2.0)  # nothing new
+    assert load_all(adapters) == ["c", "a", "b"]
+
+
 def test_an_urgent_load_goes_between_the_parts_of_another() -> None:
     adapters = module(2, num_parts=3)
     adapters.set_distances({"a": 1.0}, prefetch_below=2.0)

@@ -6,20 +6,24 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterable
 from typing import ClassVar
 
+from agentserve.core.agents.costs import ForwardCosts
 from agentserve.core.agents.distances import DistanceBook, Place, add_places
 from agentserve.core.agents.policy import Action, PlaceAdapter, Policy, Prefetch, Rescore, TurnEvent, TurnKind
 from agentserve.core.agents.registry import Session
+from agentserve.core.batch import OpenPrompts
 from agentserve.core.events import SetDistances
 from agentserve.core.memory.eviction import Key
 from agentserve.core.request import Request
 
 PATIENCE_NS = 1_000_000_000
 """A call whose memory has to be loaded lets those go first whose memory is there, if they come within this time."""
-MAX_MOVES = 4
-"""Agents that are placed anew in one step of the engine; the others follow at once, the nearest ones first."""
+MAX_MOVES = 3
+"""Agents that are placed anew in one step of the engine, the nearest ones first; the others follow at once. Calls
+that come or end go before, one in a step, from the step after their own on."""
 
 
 class InvocationDistance(Policy):
@@ -38,8 +42,14 @@ class InvocationDistance(Policy):
     name: ClassVar[str] = "invocation_distance"
     rates_by_users: ClassVar[bool] = True
 
-    def __init__(self, threshold: float) -> None:
-        """`threshold`: distances below it are near enough to load; 0: nothing is loaded before a call needs it."""
+    def __init__(self, threshold: float, costs: ForwardCosts | None = None) -> None:
+        """Makes a policy that knows of nobody.
+
+        Args:
+            threshold: distances below it are near enough to load; 0: nothing is loaded before a call needs it.
+            costs: of a forward pass; None: unknown, and batches are as large as they can be.
+        """
+        self._batch_ns = None if costs is None else costs.batch_ns
         self.book = DistanceBook()
         self._threshold = threshold
         self._moved: list[Place] = []
@@ -51,27 +61,42 @@ class InvocationDistance(Policy):
         """What the blocks of sessions are worth whose calls are open."""
         self._users: dict[str, list[Place]] = {}
         """Adapter: a heap of the agents that use it."""
+        self._calls: deque[tuple[Session, bool, float | None]] = deque()
+        """What is not in the book yet, in order: whose call has begun or else ended, with the distance that it gave."""
+        self._has_news = False
+        """Whether something has happened to a call since `act` was called."""
 
     # ---- what happens ----
 
     def set_distances(self, command: SetDistances, now_ns: int) -> None:
+        while self._calls:
+            self._book_next()
         add_places(self._moved, self.book.tell(command.agents, relative=command.relative))
 
     def observe(self, event: TurnEvent) -> None:
-        session, agent = event.session, agent_of(event.session)
+        session, request = event.session, event.request
+        self._has_news = True
         if event.kind is TurnKind.SUBMITTED:
-            self.book.began(agent, session)
-            request = event.request
             place = (request.priority, *request.order_key, request.sequence)
             self._open.setdefault(session, (math.inf, *(-number for number in place)))
+            self._calls.append((session, True, None))
+        elif event.kind is TurnKind.FINISHED:
+            self._calls.append((session, False, session.next_distance))
+
+    def _book_next(self) -> None:
+        """Books the beginning or the end of a call, the first one that is not booked yet."""
+        session, has_begun, next_distance = self._calls.popleft()
+        if has_begun:
+            self.book.began(agent_of(session), session)
             if session.adapter is not None:
                 self._rate_adapter(session.adapter)
-        elif event.kind is TurnKind.FINISHED:
-            if session.is_idle:
-                self._open.pop(session, None)
-            here = self.book.ended(agent, session.next_distance)
-            if here is not None:
-                self._place(here, scored=session)
+            return
+        if session.is_idle:
+            self._open.pop(session, None)
+            self._actions.append(Rescore(session))
+        here = self.book.ended(agent_of(session), next_distance)
+        if here is not None:
+            self._place(here, scored=session)
 
     # ---- what follows from it ----
 
@@ -82,17 +107,38 @@ class InvocationDistance(Policy):
     def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
         return (now_ns if is_on_device(session) else now_ns + PATIENCE_NS,)
 
+    def batch_tokens(self, prompts: OpenPrompts) -> int:
+        """Calls that were loaded beforehand come all at once. In batches of n tokens, N tokens of prompts take N / n
+        times base + n * token, and the mean prompt waits for half of that: least for n = sqrt(N * base / token).
+
+        While calls wait for memory, each batch that reads prompts makes them wait longer, for decodes are slower beside
+        prompts. Prompts are read together when they have waited for as long as that costs the others (the economic
+        order quantity of Harris 1913: where holding costs as much as ordering, the sum is least).
+        """
+        if self._batch_ns is None:
+            return prompts.num_tokens
+        num_tokens, decodes = prompts.num_tokens, prompts.decodes
+        base_ns, full_ns = self._batch_ns(decodes.with_prefill(1)), self._batch_ns(decodes.with_prefill(num_tokens))
+        if decodes.num_decodes and prompts.waited_ns < (base_ns - self._batch_ns(decodes)) * prompts.num_waiting:
+            return 0
+        return math.isqrt(num_tokens * num_tokens * base_ns // max(1, full_ns - base_ns))
+
     def wants_prefetch(self, session: Session) -> bool:
         return self._is_near(self.book.position(agent_of(session)))
 
     @property
     def is_behind(self) -> bool:
-        return bool(self._moved) or self._has_crossed()
+        return bool(self._calls or self._moved) or self._has_crossed()
 
     def act(self, now_ns: int) -> Iterable[Action]:
-        for _ in range(MAX_MOVES):
-            if not self._place_next():
-                break
+        if self._has_news:
+            self._has_news = False
+        elif self._calls:
+            self._book_next()
+        else:
+            for _ in range(MAX_MOVES):
+                if not self._place_next():
+                    break
         if not self._actions:
             return ()
         actions, self._actions = self._actions, []

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from typing import ClassVar
-from weakref import WeakSet
 
 from agentserve.core.agents.costs import ForwardCosts
 from agentserve.core.agents.policy import (
@@ -20,7 +19,7 @@ from agentserve.core.agents.policy import (
     TurnKind,
     forecast_from_gaps,
 )
-from agentserve.core.agents.registry import AgentRegistry, Session
+from agentserve.core.agents.registry import MAX_SESSIONS, AgentRegistry, Session
 from agentserve.core.memory.eviction import Key
 
 
@@ -62,7 +61,8 @@ class MinWaste(Policy):
         self._swap_ns = swap_ns
         self._running: dict[str, int] = {}  # request: its tokens at its admission
         self._running_tokens = 0
-        self._given_up: WeakSet[Session] = WeakSet()
+        self._given_up: dict[str, None] = {}
+        """By session, in order; as many as are remembered."""
         self._actions: list[Action] = []
 
     def observe(self, event: TurnEvent) -> None:
@@ -72,14 +72,14 @@ class MinWaste(Policy):
             self._running[request_id] = num_tokens
             self._running_tokens += num_tokens
         elif event.kind is TurnKind.SUBMITTED:
-            self._given_up.discard(session)
+            self._given_up.pop(session.session_id, None)
         else:
             self._running_tokens -= self._running.pop(request_id, 0)
         if event.kind is TurnKind.FINISHED and session.is_idle:
             self._decide(session, event.at_ns)
 
     def tool_called(self, session: Session, now_ns: int) -> None:
-        self._given_up.discard(session)
+        self._given_up.pop(session.session_id, None)
         self._decide(session, now_ns)
 
     def _decide(self, session: Session, now_ns: int) -> None:
@@ -98,10 +98,12 @@ class MinWaste(Policy):
         elif math.isfinite(gap_ns) and swap < discard:
             self._actions.append(Demote(session))
         else:
-            self._given_up.add(session)
+            self._given_up[session.session_id] = None
+            if len(self._given_up) > MAX_SESSIONS:
+                del self._given_up[next(iter(self._given_up))]
 
     def score(self, session: Session, now_ns: int) -> Key:
-        return (0 if session in self._given_up else 1, session.last_used_ns)
+        return (0 if session.session_id in self._given_up else 1, session.last_used_ns)
 
     def predict(self, session: Session, now_ns: int) -> Forecast | None:
         return forecast_from_gaps(self._registry, session, now_ns)

@@ -31,6 +31,8 @@ class Plas(Policy):
     def __init__(self) -> None:
         self._offsets: MutableMapping[Program, tuple[int, int]] = WeakKeyDictionary()
         """What programs had when they were moved to the front."""
+        self._has_moved = False
+        """Whether one ever was."""
         self._due: list[tuple[int, int, str]] = []
         self._waiting: dict[str, tuple[int, Program]] = {}
 
@@ -58,6 +60,7 @@ class Plas(Policy):
                 continue
             del self._waiting[request_id]
             program = found[1]
+            self._has_moved = True
             self._offsets[program] = (program.attained_ns, program.waited_ns)
             actions.append(Reprioritize(request_id, (0,)))
         return actions
@@ -73,5 +76,7 @@ class Plas(Policy):
 
     def _since_front(self, program: Program) -> tuple[int, int]:
         """Service and waiting of a program since it was moved to the front last: nanoseconds."""
+        if not self._has_moved:
+            return program.attained_ns, program.waited_ns
         attained_ns, waited_ns = self._offsets.get(program, (0, 0))
         return program.attained_ns - attained_ns, program.waited_ns - waited_ns

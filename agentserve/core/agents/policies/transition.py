@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar
@@ -43,6 +43,10 @@ _PATIENCE = 4
 _MIN_TASKS = 8
 _MAX_SESSIONS = 16
 """Of one task that are rated anew when it moves on."""
+_MAX_ANCHORS, _SESSIONS_A_PIECE = 3, 3
+"""Anchors, or sessions of one task, that are rated anew in one step."""
+_AGENTS_A_PIECE = 8
+"""Agents of which it is booked in one step that a task is nearer to them, or farther away."""
 _NO_HOPS: Mapping[str, int] = MappingProxyType({})
 
 
@@ -75,6 +79,9 @@ class Transition(Policy):
     What is known goes before what is predicted. What a call needs that waits stays; the history of tasks that have
     ended goes first, and before that the answers of agents whose next prompts did not go on with their answers.
 
+    In the step in which a call comes or ends, only that is booked. What is learned from it, what the agents' memory is
+    worth now, and the new keys follow at once, in steps of their own, a piece in each, in the order of the calls.
+
     Anchors outlive private history, whatever their scores. An anchor that no task can
     reach is protected for `_PATIENCE` calls of each task, and competes with private history after that.
     """
@@ -106,18 +113,20 @@ class Transition(Policy):
         self._num_waiting: Counter[str] = Counter()
         self._answers = AnswerReuse()
         self._actions: list[Action] = []
-        self._moved: dict[_Task, None] = {}
-        """Tasks whose sessions are worth something else now, in order."""
+        self._work: deque[Iterator[Action | None]] = deque()
+        """What is still to be done about calls, in pieces: with what each of them wants done."""
+        self._has_news = False
+        """Whether something has happened since `act` was called."""
         self._anchors: dict[str, None] = {}
-        """The same for agents' anchors."""
+        """Agents whose anchors are worth something else now, in order."""
 
     def observe(self, event: TurnEvent) -> None:
         session, request = event.session, event.request
         agent = session.agent_key or session.session_id
+        self._has_news = True
         if event.kind is TurnKind.SUBMITTED:
-            self._answers.asked(session, agent, request)
             self._wait(request, agent)
-            self._called(session, agent)
+            self._called(session, agent, request)
         elif event.kind is TurnKind.PREEMPTED:
             self._wait(request, agent)
         else:
@@ -150,19 +159,25 @@ class Transition(Policy):
         task = self._tasks.get(session.program)
         return task is not None and self._expected(task) is session
 
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._work or self._anchors)
+
     def act(self, now_ns: int) -> Iterable[Action]:
         actions, self._actions = self._actions, []
-        if self._moved:
-            # What is not in the cache is rated when it comes: that is an event of its own, or a prefetch.
-            everything = self._prefetches
-            sessions = [
-                s for task in self._moved for s in task.sessions.values() if everything or s.blocks.group.num_cached
-            ]
-            actions.append(Rate(tuple((session, self.score(session, now_ns)) for session in sessions)))
-            self._moved.clear()
-        if self._anchors:
-            actions += map(RescoreAnchor, self._anchors)
-            self._anchors.clear()
+        if self._has_news:
+            self._has_news = False
+        elif self._anchors:
+            for agent in list(itertools.islice(self._anchors, _MAX_ANCHORS)):
+                del self._anchors[agent]
+                actions.append(RescoreAnchor(agent))
+        elif self._work:
+            for action in self._work[0]:
+                if action is not None:
+                    actions.append(action)
+                break
+            else:
+                self._work.popleft()
         return actions
 
     # ---- what happens ----
@@ -180,25 +195,24 @@ class Transition(Policy):
                 del self._num_waiting[agent]
                 self._anchors[agent] = None
 
-    def _called(self, session: Session, agent: str) -> None:
+    def _called(self, session: Session, agent: str, request: Request) -> None:
+        """Books a call; all else follows."""
         self._num_calls += 1
         self._round += 1.0 / max(1, len(self._tasks))
         self._last_call[agent] = self._num_calls
         self._last_call.move_to_end(agent)
         task = self._tasks.get(session.program)
+        before: str | None = None
         if task is None:
             task = self._tasks[session.program] = _Task(agent)
-        elif self._prefetches:
-            self.transitions.add(task.agent, agent)
+        else:
+            before = task.agent
+            self._tasks.move_to_end(session.program)
         task.agent, task.last_call, task.last_round = agent, self._num_calls, self._round
-        self._tasks.move_to_end(session.program)
         task.sessions[agent] = session
         if len(task.sessions) > _MAX_SESSIONS:
             del task.sessions[next(iter(task.sessions))]
-        if self._predicts:
-            self.returns.called(task.progress, agent)
-            self._move(task, task.progress.indices)
-        self._clean_up()
+        self._work.append(self._follow(task, before, session, request))
 
     def _finished(self, session: Session, agent: str, request: Request) -> None:
         task = self._tasks.get(session.program)
@@ -214,18 +228,47 @@ class Transition(Policy):
 
     # ---- where tasks stand ----
 
-    def _move(self, task: _Task, indices: Mapping[str, float]) -> None:
-        """Books that the agents' memory is worth something else to a task now."""
+    def _follow(self, task: _Task, before: str | None, session: Session, request: Request) -> Iterator[Action | None]:
+        """What follows from a call. `before`: whose call the last one of the task was."""
+        agent = session.agent_key or session.session_id
+        self._answers.asked(session, agent, request)
+        if before is not None and self._prefetches:
+            self.transitions.add(before, agent)
+        yield None
+        self._clean_up()
+        if not self._predicts:
+            return
+        yield None
+        for _ in self.returns.called(task.progress, agent):
+            yield None
+        for _ in task.progress.refresh():
+            yield None
+        yield from self._move(task, task.progress.indices)
+
+    def _over(self, task: _Task) -> Iterator[Action | None]:
+        """What follows from the end of a task."""
+        yield from self._move(task, NO_INDICES)
+        for _ in self.returns.ended(task.progress):
+            yield None
+
+    def _move(self, task: _Task, indices: Mapping[str, float]) -> Iterator[Action | None]:
+        """The agents' memory is worth something else to a task now."""
+        yield None
         task.indices = indices
-        self._moved[task] = None
+        # What is not in the cache is rated when it comes: that is an event of its own, or a prefetch.
+        everything = self._prefetches
+        sessions = [s for s in task.sessions.values() if everything or s.blocks.group.num_cached]
+        for start in range(0, len(sessions), _SESSIONS_A_PIECE):
+            rated = sessions[start : start + _SESSIONS_A_PIECE]
+            yield Rate(tuple((session, self.score(session, 0)) for session in rated))
         old = task.hops
         task.hops = new = _hops(indices)
-        for agent, hops in old.items():
-            if new.get(agent) != hops:
-                self._count(agent, hops, -1)
-        for agent, hops in new.items():
-            if old.get(agent) != hops:
-                self._count(agent, hops, 1)
+        changed = [(agent, hops, -1) for agent, hops in old.items() if new.get(agent) != hops]
+        changed += [(agent, hops, 1) for agent, hops in new.items() if old.get(agent) != hops]
+        for index, change in enumerate(changed):
+            if index % _AGENTS_A_PIECE == 0:
+                yield None
+            self._count(*change)
 
     def _count(self, agent: str, hops: int, change: int) -> None:
         """One task more or less is so far from an agent."""
@@ -249,9 +292,7 @@ class Transition(Policy):
             self._actions.append(Prefetch(session, 1.0))
 
     def _end(self, program: Program) -> None:
-        task = self._tasks.pop(program)
-        self.returns.ended(task.progress)
-        self._move(task, NO_INDICES)
+        self._work.append(self._over(self._tasks.pop(program)))
 
     def _clean_up(self) -> None:
         """Ends tasks and stops protecting anchors that were left long ago; a few at a time."""

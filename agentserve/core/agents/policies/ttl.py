@@ -22,15 +22,6 @@ DEFAULT_TTL_NS = 2_000_000_000
 _MAX_DELAYS = 100
 
 
-def best_ttl_ns(gaps: GapSamples, benefit_ns: float) -> int:
-    """The time that maximizes `P(gap <= ttl) * benefit - ttl`, over the gaps that were seen and 0.
-
-    Whoever keeps blocks for `ttl` pays that time of memory, and has the benefit if the tool is back by then (section 4
-    of the paper). Of equal ones the shortest.
-    """
-    return gaps.best_wait_ns(benefit_ns)
-
-
 class Memoryfulness:
     """How much the number of turns so far tells about those that are left: `-corr(k, N - k)` over ended programs.
 
@@ -40,6 +31,8 @@ class Memoryfulness:
 
     def __init__(self) -> None:
         self._n = self._x = self._xx = self._xy = 0
+        self.value = 1.0
+        """Between 0 and 1; 1 as long as nothing is known."""
 
     def add(self, num_turns: int) -> None:
         """A program has ended after so many turns."""
@@ -52,21 +45,17 @@ class Memoryfulness:
         self._x += sum_k
         self._xx += sum_kk
         self._xy += num_turns * sum_k - sum_kk
-
-    @property
-    def value(self) -> float:
-        """Between 0 and 1; 1 as long as nothing is known."""
         variance = self._n * self._xx - self._x * self._x
-        if variance <= 0:
-            return 1.0
-        return min(1.0, max(0.0, -(self._n * self._xy - self._x * self._x) / variance))
+        if variance > 0:
+            self.value = min(1.0, max(0.0, -(self._n * self._xy - self._x * self._x) / variance))
 
 
 class Ttl(Policy):
     """Pins a session's private blocks when a turn ends, for the time that pays best for the tool that runs then.
 
     The benefit of being in time is a prefill less and, since a session without its blocks queues again, the average
-    delay in the queue times the memoryfulness. The pins of sessions that came last yield first.
+    delay in the queue times the memoryfulness. The pins of sessions that came last yield first. One is pinned in
+    a step of the engine; when several turns have ended, the others are at once, in steps of their own.
     """
 
     name: ClassVar[str] = "ttl"
@@ -77,7 +66,10 @@ class Ttl(Policy):
         self._delays: deque[int] = deque()
         self._delay_sum_ns = 0
         self._memoryfulness = Memoryfulness()
-        self._pins: list[Pin] = []
+        self._idle: dict[Session, None] = {}
+        """Sessions whose time to live is to be set, in order."""
+        self._stale: GapSamples | None = None
+        """Of which the times to live are to be worked out anew, in steps of their own."""
 
     def observe(self, event: TurnEvent) -> None:
         session = event.session
@@ -86,16 +78,15 @@ class Ttl(Policy):
             self._delay_sum_ns += event.lasted_ns
             if len(self._delays) > _MAX_DELAYS:
                 self._delay_sum_ns -= self._delays.popleft()
-        elif event.kind is TurnKind.FINISHED and session.is_idle:
+        elif event.kind is TurnKind.FINISHED and session.idle_since_ns is not None:
             if session.is_last_turn:
                 self._memoryfulness.add(session.program.num_turns)
-            elif (ttl_ns := self.ttl_ns(session)) > 0:
-                self._pins.append(Pin(session, event.at_ns + ttl_ns))
+            else:
+                self._idle[session] = None
 
     def tool_called(self, session: Session, now_ns: int) -> None:
         if not session.is_last_turn:
-            assert session.idle_since_ns is not None
-            self._pins.append(Pin(session, session.idle_since_ns + self.ttl_ns(session)))
+            self._idle[session] = None
 
     def ttl_ns(self, session: Session) -> int:
         """For how long the blocks of a session whose turn has ended are worth keeping."""
@@ -104,19 +95,35 @@ class Ttl(Policy):
             return DEFAULT_TTL_NS
         delay_ns = self._delay_sum_ns / len(self._delays) if self._delays else 0.0
         reload_ns = self._costs.prefill_ns(session.context_tokens)
-        return best_ttl_ns(gaps, delay_ns * self._memoryfulness.value + reload_ns)
+        # Whoever keeps blocks for so long pays that time of memory, and has the benefit if the tool is back by then
+        # (section 4 of the paper).
+        best_ns = gaps.best_wait_ns(delay_ns * self._memoryfulness.value + reload_ns)
+        if gaps.is_stale:
+            self._stale = gaps
+        return best_ns
 
     def score(self, session: Session, now_ns: int) -> Key:
-        if session.is_pinned(now_ns):
+        if session.pinned_until_ns is not None and now_ns < session.pinned_until_ns:
             return (-session.program.sequence,)
         return (session.last_used_ns,)
 
     def predict(self, session: Session, now_ns: int) -> Forecast | None:
         return forecast_from_gaps(self._registry, session, now_ns)
 
+    @property
+    def is_behind(self) -> bool:
+        return bool(self._idle) or self._stale is not None
+
     def act(self, now_ns: int) -> Iterable[Action]:
-        actions, self._pins = self._pins, []
-        return actions
+        if self._idle:
+            session = next(iter(self._idle))
+            del self._idle[session]
+            # It may have called meanwhile, and a pin that was set before its tool was known may end now.
+            if session.idle_since_ns is not None:
+                return (Pin(session, session.idle_since_ns + self.ttl_ns(session)),)
+        if self._stale is not None and self._stale.refresh_more():
+            self._stale = None
+        return ()
 
 
 class Continuum(Ttl):
