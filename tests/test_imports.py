@@ -76,5 +76,18 @@ def test_the_command_line_starts_without_torch() -> None:
 def test_every_package_is_installed() -> None:
     """The list in pyproject.toml is written by hand: an editable install would not notice what it lacks."""
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"])
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "agentserve").rglob("__init__.py")}
-    assert listed == found | {"agentserve_kernels"}
+    packages = {"agentserve": ROOT / "agentserve", "agentserve_kernels": ROOT / "kernels"}
+    found = {
+        ".".join((name, *path.parent.relative_to(root).parts))
+        for name, root in packages.items()
+        for path in root.rglob("__init__.py")
+    }
+    assert listed == found
+
+
+def test_the_sources_of_the_cpp_kernels_are_installed() -> None:
+    """They are compiled where they run."""
+    values = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
+    patterns = values["agentserve_kernels.native"]
+    sources = [path for path in (ROOT / "kernels" / "native").iterdir() if path.suffix in {".cpp", ".h"}]
+    assert sources and all(any(path.match(pattern) for pattern in patterns) for path in sources)
