@@ -142,7 +142,7 @@ def rope_and_write(
         and slots.shape == positions.shape == (num_tokens,)
         and slots.is_contiguous()
         and positions.is_contiguous()
-        and q_weight is k_weight is None
+        and _are_head_weights(q_weight, k_weight, head_dim)
         and _pages_fit(k_pages, v_pages, num_heads, head_dim)
     ):
         _check_rope(qkv, cos, sin, k_pages, v_pages, slots, query_out, positions, q_weight, k_weight)
@@ -264,7 +264,10 @@ def linear(
         and out.shape == (num_rows, num_outputs // 2 if activates else num_outputs)
         and out.is_contiguous()
         and out.dtype in _OUT_DTYPES
-        and bias is None
+        and (
+            bias is None
+            or (not is_gated and bias.dtype is _bf16 and bias.shape == (num_outputs,) and bias.is_contiguous())
+        )
         and (is_gated or not activates)
     ):
         _check_linear(x, packed, out, num_outputs, bias, is_gated=is_gated, activates=activates)
@@ -346,6 +349,17 @@ def _check_rope(
     if q_weight is not None and k_weight is not None:
         check_tensor("q_weight", q_weight, (head_dim,), _BF16)
         check_tensor("k_weight", k_weight, (head_dim,), _BF16)
+
+
+def _are_head_weights(q_weight: Tensor | None, k_weight: Tensor | None, head_dim: int) -> bool:
+    if q_weight is None or k_weight is None:
+        return q_weight is k_weight
+    return (
+        q_weight.dtype is k_weight.dtype is _bf16
+        and q_weight.shape == k_weight.shape == (head_dim,)
+        and q_weight.is_contiguous()
+        and k_weight.is_contiguous()
+    )
 
 
 def _pages_fit(k_pages: Tensor, v_pages: Tensor, num_heads: int, head_dim: int) -> bool:
