@@ -85,9 +85,21 @@ def test_every_package_is_installed() -> None:
     assert listed == found
 
 
-def test_the_sources_of_the_cpp_kernels_are_installed() -> None:
-    """They are compiled where they run."""
-    values = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["package-data"]
-    patterns = values["agentserve_kernels.native"]
-    sources = [path for path in (ROOT / "kernels" / "native").iterdir() if path.suffix in {".cpp", ".h"}]
-    assert sources and all(any(path.match(pattern) for pattern in patterns) for path in sources)
+def test_what_is_no_python_is_installed_too() -> None:
+    """Profiles, documents, and the sources of the C++ kernels, which are compiled where they run."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    installed = set()
+    for package, patterns in settings["package-data"].items():
+        first, *rest = package.split(".")
+        directory = ROOT.joinpath(settings["package-dir"][first], *rest)
+        found = {pattern: set(directory.glob(pattern)) for pattern in patterns}
+        assert all(found.values()), f"{package}: a pattern matches nothing: {found}"
+        installed |= set().union(*found.values())
+    there = {
+        path
+        for root in settings["package-dir"].values()
+        for path in (ROOT / root).rglob("*")
+        if path.is_file() and path.suffix not in {".py", ".pyc", ".so"}
+    }
+    assert there - installed == set()
+    assert {path.suffix for path in there} >= {".json", ".cpp", ".h", ".md"}

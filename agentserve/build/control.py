@@ -85,7 +85,7 @@ def control_config(config: ServeConfig) -> ControlConfig:
         # Where there are Green Contexts, they are what the table is made of.
         slots="auto" if config.slots in {None, "green"} else config.slots,
         tpot_target_ns=_nanoseconds(config.tpot_target_ms),
-        objective="power" if config.tpot_target_ms is None else "rate",
+        objective="delay" if config.tpot_target_ms is None else "rate",
         ttft_target_ns=_nanoseconds(config.ttft_target_ms),
         decode_share=config.decode_share,
         theta_high=config.theta_high,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape
 from agentserve.core.executor import Capabilities, Executor
 from agentserve.core.transfers import TierContents
 from agentserve.errors import ConfigError, ModelError
+from agentserve.executors.pytorch.devices.cuda_driver import driver_library
 from agentserve.executors.simulated.constrained import ConstrainedTokens
 from agentserve.executors.simulated.executor import SimulatedExecutor
 from agentserve.executors.simulated.scripted import ScriptedExecutor
@@ -157,20 +157,11 @@ def _gpu_obstacle(config: ServeConfig, source: ModelSource) -> str | None:
     """Why no GPU can serve this model, or None if one can."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed (pip install 'agentserve[cuda]')"
-    if not has_driver():
+    if driver_library() is None:
         return "there is no NVIDIA driver"
     from agentserve.build.cuda import gpu_obstacle
 
     return gpu_obstacle(config, source)
-
-
-def has_driver() -> bool:
-    """Whether NVIDIA's driver is installed: a look that takes no time, before torch is imported to ask it."""
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 def _cpu_obstacle(config: ServeConfig, source: ModelSource) -> str | None:

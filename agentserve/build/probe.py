@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import psutil
 
 from agentserve.errors import AgentServeError
-from agentserve.executors.pytorch.devices.cuda_driver import load_driver
+from agentserve.executors.pytorch.devices.cuda_driver import driver_library, load_driver
 from agentserve.executors.pytorch.devices.green_contexts import make_plan, read_facts
 from agentserve.executors.pytorch.devices.green_plan import DeviceFacts
 from agentserve.models.aliases import ALIASES
@@ -176,9 +176,8 @@ class SystemProbe:
         return {name: _version(name) for name in distributions}
 
     def driver(self) -> DriverFacts:
-        try:
-            library = ctypes.CDLL("libcuda.so.1")
-        except OSError:
+        library = driver_library()
+        if library is None:
             return DriverFacts()
         return read_driver(library, _run("nvidia-smi", *_SMI_QUERY, timeout_s=_SMI_TIMEOUT_S))
 

@@ -11,6 +11,7 @@ from agentserve.build.adapters import recorded_lora, simulated_lora
 from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
 from agentserve.build.policies import with_plugins
 from agentserve.config import ControlConfig, EngineConfig, LoraConfig, is_plugin
+from agentserve.core.agents.policies.tool_allow import EVERYBODY, ToolAllowList
 from agentserve.core.costmodel import CostModel
 from agentserve.errors import ConfigError, WorkloadError
 from agentserve.executors.simulated.executor import SimulatedExecutor
@@ -31,6 +32,7 @@ from agentserve.sim.report import result_of
 from agentserve.sim.router import build_router
 from agentserve.sim.specs import WorkloadSpec
 from agentserve.sim.sweep import Plan, Result
+from agentserve.sim.vetoes import agents_of, without_vetoed_calls
 from agentserve.sim.workloads import WORKLOADS
 
 DEFAULT_GPU = "rtx-5090"
@@ -124,6 +126,8 @@ class _Planner:
         workload = traffic.workload if traffic is not None else self._workload(spec, cell.format, cell.seed)
         if cell.tools is not None:
             workload = _with_tools(workload, cell.tools, cell.seed)
+        if cell.tool_allow is not None:
+            workload = _with_allowed_tools(workload, cell.tool_allow)
         title = cell.workload if spec.path is None else spec.path.name
         if traffic is not None and cell.gpu is None and cell.profile is None and cell.model is None:
             header = _recorded_header(cell, traffic.header)
@@ -201,6 +205,15 @@ def _with_tools(workload: Workload, profile: str, seed: int) -> Workload:
     return with_tool_times(workload, load_tool_profile(profile), seed)
 
 
+def _with_allowed_tools(workload: Workload, rules: tuple[tuple[str, tuple[str, ...]], ...]) -> Workload:
+    """The workload with the calls stopped that the rules do not allow. Raises ConfigError for a rule for nobody."""
+    agents = {EVERYBODY, *agents_of(workload)}
+    unknown = next((agent for agent, _ in rules if agent not in agents), None)
+    if unknown is not None:
+        raise ConfigError(f"--tool-allow: no agent of the workload is called {unknown!r}; * means all")
+    return without_vetoed_calls(workload, [ToolAllowList(rules)])
+
+
 def _hardware(cell: Cell, recorded: Header | None) -> Hardware:
     """The device and model of the cell; what it does not say is as in the recording."""
     if cell.gpu is not None and cell.profile is not None:
@@ -227,7 +240,7 @@ def _engine_config(cell: Cell, hardware: Hardware, recorded: EngineConfig | None
     if recorded is not None:
         # The target was set for the device that was recorded.
         base = dataclasses.replace(
-            base, control=dataclasses.replace(base.control, tpot_target_ns=None, objective="power")
+            base, control=dataclasses.replace(base.control, tpot_target_ns=None, objective="delay")
         )
     if cell.max_model_len is None:
         window = min(window, num_blocks * block_size)

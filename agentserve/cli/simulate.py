@@ -31,8 +31,9 @@ def add_parser(verbs: Verbs) -> None:
         "simulate",
         help="predict what a workload would do on other hardware or with another policy",
         description="Runs a workload through the daemon's own control plane on a virtual clock, with the timing of a "
-        "device profile. Every option but --out and --jobs takes a list, as in --gpu rtx-5090,rtx-4090 --agents 1,2,4: "
-        "then all combinations are simulated, and those that --out holds already are not simulated again. With a "
+        "device profile. Every option but --tool-allow, --out and --jobs takes a list, as in --gpu rtx-5090,rtx-4090 "
+        "--agents 1,2,4: then all combinations are simulated, and those that --out holds already are not simulated "
+        "again. With a "
         "recording (`serve --record`) as the workload, options that are not given are those of the recorded daemon, "
         "and what was recorded is printed beside the prediction.",
         epilog="Workloads: " + "; ".join(f"{name}: {what}" for name, what in WORKLOADS.items()) + ".",
@@ -43,7 +44,9 @@ def add_parser(verbs: Verbs) -> None:
         section = option.metadata["section"]
         group = groups.setdefault(section, parser.add_argument_group(section))
         default = "" if option.default is None else f" (default: {option.default})"
-        group.add_argument(flag(option.name), dest=option.name, metavar="X", help=option.metadata["help"] + default)
+        text = option.metadata["help"] + default
+        action = "store" if option.metadata["is_list"] else "append"
+        group.add_argument(flag(option.name), dest=option.name, metavar="X", action=action, help=text)
     group = parser.add_argument_group("the run itself")
     group.add_argument("--out", type=Path, metavar="DIR", help="write results as JSON, a table and pictures to DIR")
     group.add_argument("--jobs", metavar="N", help="processes (default: the processor's cores); results are the same")
@@ -53,7 +56,8 @@ def add_parser(verbs: Verbs) -> None:
 def run(arguments: argparse.Namespace) -> int:
     num_jobs = _num_jobs(arguments.jobs)
     names = [option.name for option in dataclasses.fields(Cell)]
-    cells = expand({name: value for name in names if (value := getattr(arguments, name)) is not None})
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    cells = expand({name: "\n".join(value) if isinstance(value, list) else value for name, value in given.items()})
     out: Path | None = arguments.out
     if out is not None and out.exists() and not out.is_dir():
         raise ConfigError(f"cannot write to {out}: it is not a directory")

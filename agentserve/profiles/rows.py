@@ -12,6 +12,8 @@ from agentserve.core.costmodel import CostModel, DeviceProfile, ModelShape, Samp
 
 _WORTH = 0.015
 """By how much the mean relative error must fall for batches to count as bound by arithmetic."""
+_MAX_ERROR = math.log(2.0)
+"""A batch whose time is further from a candidate than this speaks against it no more than this."""
 _NUM_CANDIDATES = 15
 _TOLERANCE = 0.01
 _MAX_KNOTS = 48
@@ -59,6 +61,11 @@ def fit_rows(
     )
 
 
+def limited_error(predicted_ns: float, measured_ns: int) -> float:
+    """Relative, and limited: a batch that was disturbed must not outvote one that was not."""
+    return min(_MAX_ERROR, abs(math.log(predicted_ns / measured_ns)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Observation:
     """A batch with a given number of tokens: it takes `rest_ns + max(memory_ns, rows * ns_per_row)`."""
@@ -69,8 +76,8 @@ class _Observation:
     ns_per_row: float
 
     def error(self, rows: float) -> float:
-        """Of the prediction, relative."""
-        return abs(math.log((self.rest_ns + max(self.memory_ns, rows * self.ns_per_row)) / self.measured_ns))
+        """Of the prediction, see `limited_error`."""
+        return limited_error(self.rest_ns + max(self.memory_ns, rows * self.ns_per_row), self.measured_ns)
 
     @property
     def limit(self) -> float:
@@ -119,16 +126,34 @@ def _observe(
 
 
 def monotone(points: Sequence[Point]) -> list[tuple[float, float]]:
-    """The nearest curve that does not fall, in the logarithm (pool adjacent violators; Ayer et al. 1955)."""
-    blocks: list[tuple[float, float, list[float]]] = []
-    for tokens, rows, weight in points:
-        mean, total, members = math.log(rows), weight, [tokens]
-        while blocks and blocks[-1][0] > mean:
-            other, other_weight, other_members = blocks.pop()
-            mean = (mean * total + other * other_weight) / (total + other_weight)
-            total, members = total + other_weight, other_members + members
-        blocks.append((mean, total, members))
-    return [(tokens, math.exp(mean)) for mean, _, members in blocks for tokens in members]
+    """The nearest curve that does not fall, in the absolute error of the logarithm.
+
+    Pool adjacent violators (Ayer et al. 1955) with medians (Robertson and Waltman 1968): a group of batches that were
+    disturbed does not pull its neighbours.
+    """
+    blocks: list[tuple[float, list[Point]]] = []
+    for point in points:
+        members = [point]
+        middle = _weighted_median(members)
+        while blocks and blocks[-1][0] > middle:
+            members = blocks.pop()[1] + members
+            middle = _weighted_median(members)
+        blocks.append((middle, members))
+    return [(tokens, middle) for middle, members in blocks for tokens, _, _ in members]
+
+
+def _weighted_median(points: Sequence[Point]) -> float:
+    """Of the rows; between two that both are one, their geometric mean."""
+    ordered = sorted((rows, weight) for _, rows, weight in points)
+    half = sum(weight for _, weight in ordered) / 2.0
+    below = 0.0
+    for index, (rows, weight) in enumerate(ordered):
+        below += weight
+        if math.isclose(below, half):
+            return math.sqrt(rows * ordered[index + 1][0])
+        if below > half:
+            return rows
+    raise AssertionError("half of the weight is reached within all of it")
 
 
 def thin(curve: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -126,7 +126,7 @@ def measure_isolated_tpot_ns(executor: Executor, limits: Limits) -> int:
 
 
 def measure(executor: Executor, grid: Grid, report: Callable[[Progress], None] = lambda _: None) -> list[Sample]:
-    """Measures the cases of a grid, one sample for each lane of a case: the batch with the median duration.
+    """Measures the cases of a grid, one sample for each lane of a case: the batch at `Grid.quantile` of the durations.
 
     Args:
         executor: idle; nobody else may use it meanwhile.
@@ -150,7 +150,7 @@ def measure(executor: Executor, grid: Grid, report: Callable[[Progress], None] =
             _Measurement(session, case, grid, timings[case]).run()
     session.close()
     report(Progress(num_total, num_total, ""))
-    return [sample for timing in timings.values() for sample in timing.samples()]
+    return [sample for timing in timings.values() for sample in timing.samples(grid.quantile)]
 
 
 def calibrate(
@@ -235,16 +235,13 @@ class _Timings:
     def add(self, batch: Batch, duration_ns: int) -> None:
         self._timed[batch.lane].append((duration_ns, BatchShape.of(batch)))
 
-    def samples(self) -> list[Sample]:
-        """For each lane duration and shape of one batch: the median, of an even number the lower one.
-
-        That is because noise only ever adds.
-        """
+    def samples(self, quantile: float) -> list[Sample]:
+        """For each lane duration and shape of the batch at this quantile of the durations, or next below it."""
         case, samples = self._case, []
         for lane, timed in self._timed.items():
             if timed:
                 timed.sort(key=lambda pair: pair[0])
-                duration_ns, shape = timed[(len(timed) - 1) // 2]
+                duration_ns, shape = timed[int((len(timed) - 1) * quantile)]
                 samples.append(Sample(shape, lane, case.partition, case.co_running, duration_ns))
         return samples
 

@@ -18,6 +18,7 @@ from agentserve.config import (
     SLOTS,
     SPECULATION_POLICIES,
     WRITE_BACKS,
+    allow_rules,
     boolean,
     choice,
     non_negative_float,
@@ -32,8 +33,11 @@ from agentserve.sim.router import OVERLOADS, ROUTERS
 from agentserve.sim.specs import split_list
 
 
-def _option(parse: Callable[[str], Any], section: str, help_text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"parse": parse, "section": section, "help": help_text})
+def _option(
+    parse: Callable[[str], Any], section: str, help_text: str, default: Any = None, *, is_list: bool = True
+) -> Any:
+    """`is_list`: whether commas separate values, each of which is simulated."""
+    return field(default=default, metadata={"parse": parse, "section": section, "help": help_text, "is_list": is_list})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,13 @@ class Cell:
     scale: float | None = _option(positive_float, "workload", "factor on the prompt lengths of a named workload")
     rate: float | None = _option(positive_float, "workload", "programs a second, Poisson, instead of a closed loop")
     tools: str | None = _option(str, "workload", "profile of tool times that replaces those of the workload")
+    tool_allow: tuple[tuple[str, tuple[str, ...]], ...] | None = _option(
+        allow_rules,
+        "workload",
+        "AGENT=TOOL,TOOL: the only tools that an agent may call, as in `serve`; may be repeated, and is no list: all "
+        "rules hold in all simulations. A program ends with a call that is stopped",
+        is_list=False,
+    )
     seed: int = _option(non_negative_int, "workload", "of the workload, its prompts and tool times", 0)
     gpu: str | None = _option(str, "device", "GPU whose timing is simulated (default: rtx-5090)")
     profile: str | None = _option(str, "device", "profile written by `agentserve profile`, instead of --gpu")
@@ -198,7 +209,7 @@ def varying(cells: Sequence[Cell]) -> tuple[str, ...]:
 
 def _values(option: dataclasses.Field[Any], text: str) -> list[Any]:
     values = []
-    for item in split_list(text):
+    for item in split_list(text) if option.metadata["is_list"] else [text]:
         try:
             values.append(option.metadata["parse"](item.strip()))
         except ConfigError as error:

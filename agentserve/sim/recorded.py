@@ -20,11 +20,14 @@ _NS_PER_MS = 1e6
 
 
 @dataclass(slots=True)
-class _Call:
+class RecordedCall:
     """A recorded request and what became of it."""
 
     command: SubmitRequest
     arrival_ns: int
+    """When the engine took it up, on the clock of the recording."""
+    token_ids: list[int] = field(default_factory=list)
+    """What was generated."""
     token_ns: list[int] = field(default_factory=list)
     """When each token was there."""
     tool_name: str | None = None
@@ -72,7 +75,7 @@ def read_recording(path: Path, *, seed: int = 0) -> RecordedTraffic:
     Raises RecordingError if the file cannot be read, WorkloadError if no request in it got a token.
     """
     recording = Recording(path)
-    calls = _calls(recording)
+    calls = recorded_calls(recording)
     chains = _chains([call for call in calls if call.token_ns])
     if not chains:
         raise WorkloadError(f"{path}: expected at least one request that got a token")
@@ -108,18 +111,19 @@ def recording_workload(path: Path, *, seed: int = 0) -> Workload:
     return read_recording(path, seed=seed).workload
 
 
-def _calls(recording: Recording) -> list[_Call]:
-    """All requests, in the order of arrival."""
-    calls: dict[str, _Call] = {}
+def recorded_calls(recording: Recording) -> list[RecordedCall]:
+    """All requests, in the order of arrival. Raises RecordingError for a malformed line."""
+    calls: dict[str, RecordedCall] = {}
     for step in recording.steps():
         for output in step.completions:
             for sample in output.samples if isinstance(output, BatchOutput) else ():
                 call = calls.get(sample.request_id)
                 if call is not None and not call.is_done:
+                    call.token_ids.append(sample.token_id)
                     call.token_ns.append(step.now_ns)
         for command in step.commands:
             if isinstance(command, SubmitRequest):
-                calls[command.request_id] = _Call(command, step.now_ns, tool_name=command.tool_name)
+                calls[command.request_id] = RecordedCall(command, step.now_ns, tool_name=command.tool_name)
             elif isinstance(command, NoteTurn) and command.request_id in calls:
                 calls[command.request_id].tool_name = command.tool_name
         for line in step.decisions:
@@ -127,7 +131,7 @@ def _calls(recording: Recording) -> list[_Call]:
     return list(calls.values())
 
 
-def _book(line: str, calls: dict[str, _Call]) -> None:
+def _book(line: str, calls: dict[str, RecordedCall]) -> None:
     """Takes `admit ID cached=640/1000` and `finish ID ...` of the decision log; of admissions the first."""
     kind, _, rest = line.partition(" ")
     if kind not in {"admit", "finish"}:
@@ -142,7 +146,7 @@ def _book(line: str, calls: dict[str, _Call]) -> None:
         call.num_cached_tokens = int(details.removeprefix("cached=").partition("/")[0])
 
 
-def _records(program_id: str, chain: Sequence[_Call], start_ns: int) -> list[TurnRecord]:
+def _records(program_id: str, chain: Sequence[RecordedCall], start_ns: int) -> list[TurnRecord]:
     return [
         TurnRecord(
             program_id=program_id,
@@ -160,10 +164,10 @@ def _records(program_id: str, chain: Sequence[_Call], start_ns: int) -> list[Tur
     ]
 
 
-def _chains(calls: list[_Call]) -> list[list[_Call]]:
+def _chains(calls: list[RecordedCall]) -> list[list[RecordedCall]]:
     """Calls by conversation: each continues the one before it."""
-    chains: list[list[_Call]] = []
-    open_chains: dict[tuple[str | None, ...], list[list[_Call]]] = {}
+    chains: list[list[RecordedCall]] = []
+    open_chains: dict[tuple[str | None, ...], list[list[RecordedCall]]] = {}
     for call in calls:
         command = call.command
         candidates = open_chains.setdefault((command.agent_id, command.session_id, *_scope(command)), [])
@@ -182,13 +186,13 @@ def _scope(command: SubmitRequest) -> tuple[str | None, str | None]:
     return command.cache_salt, command.adapter
 
 
-def _continues(call: _Call, before: _Call) -> bool:
+def _continues(call: RecordedCall, before: RecordedCall) -> bool:
     prompt, earlier = call.command.prompt_token_ids, before.command.prompt_token_ids
     is_later = call.arrival_ns >= before.end_ns and len(prompt) > before.num_tokens
     return is_later and prompt[: len(earlier)] == earlier
 
 
-def _turns(chain: list[_Call]) -> tuple[Turn, ...]:
+def _turns(chain: list[RecordedCall]) -> tuple[Turn, ...]:
     turns = []
     num_history = 0
     for call, following in itertools.zip_longest(chain, chain[1:]):

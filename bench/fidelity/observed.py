@@ -6,36 +6,23 @@ import dataclasses
 import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from agentserve.core.costmodel import DeviceProfile
-from agentserve.core.events import SubmitRequest
 from agentserve.errors import ConfigError
 from agentserve.runtime.recorded_batches import RecordedBatch
 from agentserve.runtime.recording import Header, Recording
 from agentserve.sim.metrics import TurnRecord
 from agentserve.sim.prefixes import group_prefixes, num_common_tokens
 from agentserve.sim.programs import Program, Turn, Workload
+from agentserve.sim.recorded import RecordedCall, recorded_calls
 from bench.fidelity.steps import BatchTime, read_batches, timed
 from bench.load.errors import BenchError
 
 _NS_PER_MS = 1e6
 CALIBRATION, HELD_OUT = "calibration", "held out"
 """Roles of a run: a profile is fitted to it, or only predicts it."""
-
-
-@dataclass(slots=True)
-class EngineCall:
-    """A request as the engine took it up, and the tokens that it made for it."""
-
-    command: SubmitRequest
-    arrival_ns: int
-    """When the engine took it up, on the machine's monotonic clock: the one that the client has, too."""
-    token_ids: list[int] = field(default_factory=list)
-    token_ns: list[int] = field(default_factory=list)
-    is_done: bool = False
-    """With look-ahead, tokens may be computed for a request that has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,26 +81,6 @@ class Observation:
         return timed(self.recorded, self.device, self.header.model_shape) if self.recorded else ()
 
 
-def engine_calls(recording: Recording) -> list[EngineCall]:
-    """All requests, in the order of arrival. Raises RecordingError for a malformed line."""
-    calls: dict[str, EngineCall] = {}
-    for step in recording.steps():
-        for output in step.completions:
-            for sample in output.samples:
-                call = calls.get(sample.request_id)
-                if call is not None and not call.is_done:
-                    call.token_ids.append(sample.token_id)
-                    call.token_ns.append(step.now_ns)
-        for command in step.commands:
-            if isinstance(command, SubmitRequest):
-                calls[command.request_id] = EngineCall(command, step.now_ns)
-        for line in step.decisions:
-            kind, _, rest = line.partition(" ")
-            if kind == "finish" and (call := calls.get(rest.partition(" ")[0])) is not None:
-                call.is_done = True
-    return list(calls.values())
-
-
 def observe(
     path: Path,
     *,
@@ -141,12 +108,12 @@ def observe(
     read.
     """
     recording = Recording(path)
-    sessions: dict[str, list[EngineCall]] = {}
-    for call in engine_calls(recording):
+    sessions: dict[str, list[RecordedCall]] = {}
+    for call in recorded_calls(recording):
         if call.token_ids:
             sessions.setdefault(call.command.session_id or "", []).append(call)
     by_program = _by_program(records)
-    joined: dict[str, list[EngineCall]] = {}
+    joined: dict[str, list[RecordedCall]] = {}
     for program_id, seen in by_program.items():
         failed = next((record.error for record in seen if record.error is not None), None)
         calls = sessions.get(f"{prompt_seed}/{program_id}", [])
@@ -168,7 +135,7 @@ def observe(
     )
 
 
-def real_workload(planned: Workload, calls: Mapping[str, Sequence[EngineCall]], started_ns: int) -> Workload:
+def real_workload(planned: Workload, calls: Mapping[str, Sequence[RecordedCall]], started_ns: int) -> Workload:
     """The programs as they went: lengths, common beginnings and what was kept of each conversation.
 
     The text of an answer that goes back into the next prompt need not become the same tokens again. From the first one
@@ -203,7 +170,7 @@ def real_workload(planned: Workload, calls: Mapping[str, Sequence[EngineCall]], 
     return dataclasses.replace(planned, programs=tuple(real), num_agents=None)
 
 
-def _whose_agent(before: Sequence[Program], at_ns: int, calls: Mapping[str, Sequence[EngineCall]]) -> tuple[str, ...]:
+def _whose_agent(before: Sequence[Program], at_ns: int, calls: Mapping[str, Sequence[RecordedCall]]) -> tuple[str, ...]:
     """The program that ended last before a time and has no follower yet; nothing if there is none."""
     taken = {other for program in before for other in program.depends_on}
     ends = {program.program_id: calls[program.program_id][-1].token_ns[-1] for program in before}
@@ -211,7 +178,7 @@ def _whose_agent(before: Sequence[Program], at_ns: int, calls: Mapping[str, Sequ
     return (max(free, key=lambda name: ends[name]),) if free else ()
 
 
-def _turns(program: Program, calls: Sequence[EngineCall]) -> tuple[Turn, ...]:
+def _turns(program: Program, calls: Sequence[RecordedCall]) -> tuple[Turn, ...]:
     turns = []
     history: tuple[int, ...] = ()
     for planned, call in zip(program.turns, calls, strict=False):
@@ -239,7 +206,7 @@ def _by_program(records: Iterable[TurnRecord]) -> dict[str, list[TurnRecord]]:
 def _outside(
     planned: Workload,
     records: Mapping[str, Sequence[TurnRecord]],
-    calls: Mapping[str, Sequence[EngineCall]],
+    calls: Mapping[str, Sequence[RecordedCall]],
     started_ns: int,
 ) -> Iterable[Outside]:
     gaps_ms = {program.program_id: [turn.tool_gap_ms for turn in program.turns] for program in planned.programs}

@@ -39,6 +39,12 @@ ABLATION_MEASURES = (
     ("tpot_p95_ms", "time between tokens, p95"),
     ("output_tokens_per_s", "output tokens/s"),
 )
+CONTROLLER_MEASURES = (
+    ABLATION_MEASURES[0],
+    ("request_tpot_p95_ms", "TPOT of a request, p95"),
+    *ABLATION_MEASURES[1:],
+)
+"""TPOT of a request is vLLM's: the time from its first to its last token over their number less one."""
 
 
 def measures(run: Run, slo: Slo | None = None) -> dict[str, float | int | None]:
@@ -58,6 +64,7 @@ def measures(run: Run, slo: Slo | None = None) -> dict[str, float | int | None]:
         "ttft_cold_p95_ms": _ms(cold, "p95"),
         "ttft_resumed_p50_ms": _ms(summary.resumed.ttft_ns, "p50"),
         "ttft_resumed_p95_ms": _ms(summary.resumed.ttft_ns, "p95"),
+        "request_tpot_p95_ms": _ms(summary.all.tpot_ns, "p95"),
         "tpot_p50_ms": _ms(gaps, "p50"),
         "tpot_p95_ms": _ms(gaps, "p95"),
         "worst_stall_p50_ms": _ms(summary.all.worst_stall_ns, "p50"),
@@ -196,9 +203,9 @@ def controllers(source: Source) -> Figure | None:
             continue
         mine = _median_measures(run)
         row: Figure = {"workload": run.workload, "num_agents": run.num_agents}
-        for name, _ in ABLATION_MEASURES:
+        for name, _ in CONTROLLER_MEASURES:
             row[name] = _against_best(name, mine[name], {key: values[name] for key, values in others.items()})
-        row["others"] = {key: {name: values[name] for name, _ in ABLATION_MEASURES} for key, values in others.items()}
+        row["others"] = {key: {name: values[name] for name, _ in CONTROLLER_MEASURES} for key, values in others.items()}
         row["beaten_by"] = [key for key, values in others.items() if _beats(values, mine)]
         panels.append(row)
     return _figure("controllers", source, panels)
@@ -218,7 +225,7 @@ def _median_measures(run: Run) -> dict[str, float | int | None]:
 
 def _beats(theirs: Mapping[str, float | None], mine: Mapping[str, float | None]) -> bool:
     gains = []
-    for name, _ in ABLATION_MEASURES:
+    for name, _ in CONTROLLER_MEASURES:
         their, my = theirs[name], mine[name]
         if their and my:
             gains.append(their / my if name.endswith("_per_s") else my / their)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.figures.data import ABLATION_MEASURES, TOLERANCE, Figure
+from bench.figures.data import CONTROLLER_MEASURES, TOLERANCE, Figure
 from bench.figures.variants import VARIANTS
 
 
 def controllers(figure: Figure) -> str:
     """The table of `bench.figures.data.controllers`; a cell that breaks the rule is bold."""
     rows = [f"{figure['conditions']}", ""]
-    heads = [f"{label}{'' if name.endswith('_per_s') else ', ms'}" for name, label in ABLATION_MEASURES]
+    heads = [f"{label}{'' if name.endswith('_per_s') else ', ms'}" for name, label in CONTROLLER_MEASURES]
     rows.append("| workload | agents | " + " | ".join(heads) + " | beaten by |")
     rows.append("|---|---|" + "---|" * (len(heads) + 1))
     for panel in figure["panels"]:
-        cells = [_cell(panel[name]) for name, _ in ABLATION_MEASURES]
+        cells = [_cell(panel[name]) for name, _ in CONTROLLER_MEASURES]
         beaten_by = ", ".join(VARIANTS[key].label for key in panel["beaten_by"]) or "none"
         rows.append(f"| {panel['workload']} | {panel['num_agents']} | " + " | ".join(cells) + f" | {beaten_by} |")
     rows += [
@@ -29,7 +29,7 @@ def controllers(figure: Figure) -> str:
     ]
     for panel in figure["panels"]:
         for key, values in panel["others"].items():
-            cells = [_against(panel[name], values[name], name) for name, _ in ABLATION_MEASURES]
+            cells = [_against(panel[name], values[name], name) for name, _ in CONTROLLER_MEASURES]
             rows.append(f"| {panel['workload']} | {VARIANTS[key].label} | " + " | ".join(cells) + " |")
     rows += [
         "",

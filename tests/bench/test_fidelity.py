@@ -15,11 +15,11 @@ from rich.console import Console
 from agentserve.errors import ConfigError
 from agentserve.sim.metrics import TurnRecord
 from agentserve.sim.programs import Program, Turn, Workload
+from agentserve.sim.recorded import RecordedCall
 from bench.fidelity.calibrated import score_both
 from bench.fidelity.live import LiveCell, LiveRuns
 from bench.fidelity.observed import (
     CALIBRATION,
-    EngineCall,
     Observation,
     Outside,
     median_outside,
@@ -101,8 +101,8 @@ def test_the_time_outside_the_engine_is_found_and_added(tmp_path: Path) -> None:
 
 
 def test_the_programs_have_the_token_counts_of_the_run() -> None:
-    def call(prompt: tuple[int, ...], output: list[int]) -> EngineCall:
-        return EngineCall(builders.submit("r", prompt), 0, token_ids=output, token_ns=[1] * len(output))
+    def call(prompt: tuple[int, ...], output: list[int]) -> RecordedCall:
+        return RecordedCall(builders.submit("r", prompt), 0, token_ids=output, token_ns=[1] * len(output))
 
     # The second prompt has the first answer with another token at its end; the third one continues as it was.
     first, second = tuple(range(20)), (*range(20), 50, 51, 99, 60, 61)
@@ -129,8 +129,8 @@ def test_a_call_that_the_engine_does_not_know_or_that_failed_is_said(tmp_path: P
 
 
 def test_calls_start_in_the_order_in_which_the_client_could_send_them() -> None:
-    def started(at_ms: int) -> list[EngineCall]:
-        return [EngineCall(builders.submit("r", 9), at_ms * MS, token_ids=[1], token_ns=[at_ms * MS + 5])]
+    def started(at_ms: int) -> list[RecordedCall]:
+        return [RecordedCall(builders.submit("r", 9), at_ms * MS, token_ids=[1], token_ns=[at_ms * MS + 5])]
 
     programs = tuple(Program(name, (Turn(9, 1),)) for name in "abc")
     calls = {"a": started(7), "b": started(5), "c": started(90)}

@@ -30,7 +30,7 @@ def no_environment_and_no_daemon(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         raise AssertionError("the daemon started")
 
     monkeypatch.setattr("agentserve.cli.serve._serve", serve)
-    monkeypatch.setattr("agentserve.build.parts.has_driver", lambda: False)
+    monkeypatch.setattr("agentserve.build.parts.driver_library", lambda: None)
 
 
 @pytest.mark.parametrize(

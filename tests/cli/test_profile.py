@@ -35,7 +35,7 @@ SIMULATED = (*FULL, "--quick")
 def no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("agentserve.build.parts.has_driver", lambda: False)
+    monkeypatch.setattr("agentserve.build.parts.driver_library", lambda: None)
 
 
 def profile(*arguments: str | Path) -> int:

@@ -289,7 +289,7 @@ def test_every_option_has_an_effect() -> None:
         "host_link_gb_per_s": "9", "cxl_link_gb_per_s": "9", "kv_write_back": "on_evict",
         "policy": "evict_always", "order": "plas", "protect_anchors": "true", "prefetch_distance": "3",
         "prediction": "false", "max_loras": "2", "lora_rank": "32", "admission": "working_set",
-        "speculate": "lost_context", "speculate_tokens": "64",
+        "speculate": "lost_context", "speculate_tokens": "64", "tool_allow": "*=grep",
     }  # fmt: skip
     beside = {
         "prefetch_distance": {"policy": "invocation_distance"},

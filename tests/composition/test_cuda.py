@@ -11,13 +11,14 @@ import torch
 
 from agentserve.build.control import control_config
 from agentserve.build.cuda import build_cuda_executor, slot_mode
-from agentserve.build.parts import choose, has_driver
+from agentserve.build.parts import choose
 from agentserve.config import ServeConfig
 from agentserve.core.batch import Batch, BatchOutput, Lane
 from agentserve.core.executor import Capabilities
 from agentserve.core.slots import build_partition_table
 from agentserve.errors import ConfigError
 from agentserve.executors.pytorch.devices.cpu import CpuDevice, CpuSlot
+from agentserve.executors.pytorch.devices.cuda_driver import driver_library
 from agentserve.executors.pytorch.devices.cuda_runtime import cuda_obstacle
 from agentserve.executors.pytorch.warmup import compile_prefill, hold_activations
 from agentserve.models.loader import load_model
@@ -25,7 +26,7 @@ from agentserve.models.registry import ModelSource, resolve_model
 from tests.core.builders import simulated
 from tests.executors.builders import TINY
 
-NO_GPU = pytest.mark.skipif(has_driver(), reason="this machine has an NVIDIA driver")
+NO_GPU = pytest.mark.skipif(driver_library() is not None, reason="this machine has an NVIDIA driver")
 
 
 @NO_GPU

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from agentserve import config as configuration
 from agentserve.build import policies, simulation
 from agentserve.config import EngineConfig, resolve
+from agentserve.config import names as configuration
 from agentserve.core.agents.factory import PolicyContext
 from agentserve.core.agents.policy import ToolUse
 from agentserve.core.agents.registry import AgentRegistry

@@ -40,7 +40,8 @@ def signal(
     now_ns: int = 0, *, decodes: int = 2, context: int = 100, resume: int = 0, prefill: int = 500, waiting: int = 0
 ) -> ControlSignal:
     shape = BatchShape(num_decodes=decodes, num_decode_context=decodes * context, num_samples=decodes)
-    return ControlSignal(now_ns, shape, resume, prefill, waiting, 0, 0, 0 if resume or prefill else None)
+    num_prompts = sum(tokens > 0 for tokens in (resume, prefill - waiting, waiting))
+    return ControlSignal(now_ns, shape, resume, prefill, waiting, num_prompts, 0, 0, 0 if resume or prefill else None)
 
 
 def observation(
@@ -175,7 +176,7 @@ def test_predictive_takes_the_fastest_prefill_that_keeps_the_target() -> None:
 
 def test_without_a_target_that_somebody_named_it_takes_the_most_prompt_tokens_for_the_delay() -> None:
     at = signal()
-    controller = predictive("power", tpot_target_ns=200 * MS)
+    controller = predictive("delay", tpot_target_ns=200 * MS)
     tpot_ns, rate = predicted(controller, controller.decide(at), at)
     for option in controller.options(at):
         assert option.prefill_rate / option.tpot_ns < 1.1 * rate / tpot_ns
@@ -186,7 +187,7 @@ def test_without_a_target_that_somebody_named_it_takes_the_most_prompt_tokens_fo
 
 
 def test_the_target_bounds_the_delay_also_where_more_would_have_more_power() -> None:
-    controller = predictive("power", tpot_target_ns=12 * MS)
+    controller = predictive("delay", tpot_target_ns=12 * MS)
     at = signal()
     assert predicted(controller, controller.decide(at), at)[0] <= 12 * MS
 
@@ -196,7 +197,7 @@ def test_something_else_than_a_split_must_promise_more_than_the_hysteresis() -> 
     at = signal()
 
     def kind(hysteresis: float) -> PartitionKind:
-        return predictive("power", tpot_target_ns=40 * MS, hysteresis=hysteresis).decide(at).partition.kind
+        return predictive("delay", tpot_target_ns=40 * MS, hysteresis=hysteresis).decide(at).partition.kind
 
     assert kind(0.0) is not PartitionKind.SPLIT
     assert kind(5.0) is PartitionKind.SPLIT

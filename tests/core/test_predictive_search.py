@@ -80,12 +80,13 @@ LARGE = CostModel(
     ModelShape(7_000_000_000, 500_000_000, 15_000_000_000, 57_344, 4 * 28 * 3584, 28, 28, 4),
 )
 SIGNALS = st.builds(
-    lambda decodes, context, resume, prefill, waiting, starts, oldest, running, ahead: ControlSignal(
+    lambda decodes, context, resume, prefill, waiting, prompts, starts, oldest, running, ahead: ControlSignal(
         now_ns=10**9,
         decodes=BatchShape(num_decodes=decodes, num_decode_context=decodes * context, num_samples=decodes),
         num_resume_tokens=resume,
         num_prefill_tokens=prefill,
         num_waiting_prefill_tokens=min(waiting, prefill),
+        num_prompts=prompts,
         prefill_start=starts[0] if prefill else 0,
         riding_start=starts[1],
         oldest_prefill_arrival_ns=oldest,
@@ -97,6 +98,7 @@ SIGNALS = st.builds(
     resume=st.just(0) | st.integers(0, 2000),
     prefill=st.just(0) | st.integers(0, 20_000),
     waiting=st.just(0) | st.integers(0, 10_000),
+    prompts=st.integers(0, 20),
     starts=st.tuples(st.integers(0, 4000), st.integers(0, 4000)),
     oldest=st.none() | st.integers(0, 10**9),
     running=st.none() | st.integers(0, 50 * MS),
@@ -176,6 +178,6 @@ def test_a_plan_costs_few_predictions() -> None:
         for num_decodes in (7, 8):  # what depends on the partition alone is predicted once, with the first plan
             shape = BatchShape(num_decodes=num_decodes, num_decode_context=3000 * num_decodes, num_samples=num_decodes)
             asked = 0
-            controller.decide(ControlSignal(0, shape, 0, 5000, 0, 0, 0, None))
+            controller.decide(ControlSignal(0, shape, 0, 5000, 0, 1, 0, 0, None))
         counts.append(asked)
     assert counts[0] * 4 < counts[1], counts

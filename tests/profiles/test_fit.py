@@ -8,7 +8,7 @@ from dataclasses import replace
 from statistics import median
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agentserve.core.batch import Lane
@@ -173,6 +173,10 @@ def test_samples_beside_a_busy_lane_alone_give_contention_alone() -> None:
     outliers=st.integers(0, 5),
     kept=st.integers(4, 60),
 )
+# Few batches of one size, about half of them disturbed: they must not carry their neighbours along.
+@example(seed=3068588578, noise=0.0, outliers=4, kept=52)
+@example(seed=685233021, noise=0.0075337837290647474, outliers=5, kept=43)
+@example(seed=3521774616, noise=0.0, outliers=5, kept=40)
 @settings(max_examples=12, deadline=None)
 def test_noise_outliers_and_few_samples_do_no_harm(seed: int, noise: float, outliers: int, kept: int) -> None:
     rng = random.Random(seed)
@@ -231,6 +235,12 @@ def test_monotone_pools_what_falls() -> None:
     curve = monotone([(1, 1, 1), (2, 4, 1), (3, 1, 1), (4, 8, 1)])
     assert [tokens for tokens, _ in curve] == [1, 2, 3, 4]
     assert [rows for _, rows in curve] == pytest.approx([1, 2, 2, 8])
+
+
+def test_a_disturbed_point_does_not_pull_those_that_outweigh_it() -> None:
+    # 100 with weight 1 and 5 with weight 2 fall: their median is 5, where the geometric mean would be 13.6.
+    curve = monotone([(1, 1, 1), (2, 100, 1), (3, 5, 2), (4, 6, 2), (5, 200, 1)])
+    assert curve == [(1, 1), (2, 5), (3, 5), (4, 6), (5, 200)]
 
 
 @given(st.lists(st.floats(0.1, 1e4), min_size=1, max_size=60))

@@ -173,7 +173,7 @@ def decode_steps(draw: st.DrawFn) -> DecodeSteps:
     ends = accumulate([took + late for took, late in zip(durations, delays, strict=True)], initial=started_ns)
     pending, resume = draw(st.sampled_from([0, 0, 40])), draw(st.sampled_from([0, 0, 25]))
     oldest_ns = started_ns - 5 * MS if pending + resume else None
-    signal = ControlSignal(started_ns, shape, resume, pending, 0, 0, 0, oldest_ns)
+    signal = ControlSignal(started_ns, shape, resume, pending, 0, (resume > 0) + (pending > 0), 0, 0, oldest_ns)
     return DecodeSteps(batch, shape, started_ns, list(ends)[1:], is_shared, signal)
 
 

@@ -24,6 +24,8 @@ class ControlSignal:
     """Prompt tokens left of all other admitted requests: work for the prefill lane."""
     num_waiting_prefill_tokens: int
     """Those of them that the prefill lane does not come to before it is done with another prompt."""
+    num_prompts: int
+    """Admitted requests whose prompts are not computed yet, those included whose last chunk is running."""
     prefill_start: int
     """Tokens already computed of the prompt that is next in the prefill lane (0 without one)."""
     riding_start: int
@@ -109,6 +111,7 @@ class DecodeSteps:
             first.num_resume_tokens,
             first.num_prefill_tokens,
             first.num_waiting_prefill_tokens,
+            first.num_prompts,
             first.prefill_start,
             first.riding_start,
             first.oldest_prefill_arrival_ns,

@@ -56,9 +56,13 @@ class Corrections:
         for other, factor in self._modes.items():
             self._modes[other] = factor + _FADE * (1.0 - factor)
         particular = self._modes.get(mode, 1.0) * error ** (_WEIGHT / 2)
-        common = error ** (_WEIGHT / 2) * particular**_TRANSFER
-        self._modes[mode] = particular ** (1.0 - _TRANSFER)
-        if mode[1] == _WHOLE:
+        is_speed = mode[1] == _WHOLE
+        # As long as no other mode was seen, all of it is the speed of the machine. What was left to this mode would be
+        # forgotten while others run, and ways that had not been tried would look better than they are.
+        transfer = 1.0 if is_speed and self._modes.keys() <= {mode} else _TRANSFER
+        common = error ** (_WEIGHT / 2) * particular**transfer
+        self._modes[mode] = particular ** (1.0 - transfer)
+        if is_speed:
             self._speed *= common
             self._beside += _FADE * (1.0 - self._beside)
         else:

@@ -33,16 +33,39 @@ def rate_in_turn(first: float, second: float) -> float:
 class Merit:
     """How good options are; smaller is better.
 
-    By how much a target is missed, then what matters among those that meet it. `needed_rate` is in prompt tokens per
-    second; None if nothing is asked of it. A target that nobody named is no wall: a way that misses it by a little must
-    not lose against one that reads half as fast. There, delay beyond the target counts threefold in the exponent.
+    By how much a target is missed, then what matters among those that meet it. A target that nobody named is no wall:
+    a way that misses it by a little must not lose against one that reads half as fast. There, what counts is the time
+    that all agents together lose for a prompt token (see `gain_of`), and delay beyond the target squared on top.
     """
 
-    def __init__(self, target_ns: float, needed_rate: float | None, objective: str) -> None:
+    def __init__(
+        self,
+        target_ns: float,
+        objective: str,
+        *,
+        needed_rate: float | None,
+        alone_ns: float,
+        num_decodes: int,
+        num_prompts: int,
+    ) -> None:
+        """What is to be weighed.
+
+        Args:
+            target_ns: time between two tokens.
+            objective: one of `agentserve.config.OBJECTIVES`.
+            needed_rate: prompt tokens per second; None if nothing is asked of it.
+            alone_ns: time between two tokens without any prompt.
+            num_decodes: streams that every prompt token delays.
+            num_prompts: who waits for a first token.
+        """
         self._target_ns = target_ns
         self._needed_rate = needed_rate
-        self.weighs_delay = objective == "power" and needed_rate is None
-        """Whether throughput over delay is all that counts."""
+        self.weighs_delay = objective == "delay" and needed_rate is None
+        """Whether the delay of all agents is all that counts."""
+        # Prompts of one length, read one after the other, wait for this many of them in the mean.
+        self._num_waiting = (max(num_prompts, 1) + 1) / 2.0
+        self._num_decodes = num_decodes
+        self._alone_ns = alone_ns
 
     def __call__(self, option: Option) -> tuple[float, float]:
         return self.of(option.tpot_ns, option.prefill_rate)
@@ -65,7 +88,7 @@ class Merit:
         missed = max(option.tpot_ns / self._target_ns, 1.0)
         if not self.weighs_delay:
             return missed > self(best)[0] * (1.0 + hysteresis / 2) * _ROUNDING
-        return most_tokens * 1e9 / (option.tpot_ns * missed) ** 2 * _ROUNDING < self.gain(best)
+        return self.gain_of(option.tpot_ns, most_tokens * 1e9 / option.tpot_ns) * _ROUNDING < self.gain(best)
 
     def is_beaten(self, least_tpot_ns: float, most_rate: float, best: Option, hysteresis: float) -> bool:
         """Whether no option with at least this time and at most this rate is chosen where `best` is one, too.
@@ -89,8 +112,15 @@ class Merit:
         return self.gain_of(option.tpot_ns, option.prefill_rate)
 
     def gain_of(self, tpot_ns: float, prefill_rate: float) -> float:
-        """The same of an option with these numbers."""
+        """The same of an option with these numbers.
+
+        While a prompt token is read, for 1 / rate, everybody who waits for a first token waits, and every stream loses
+        the part of that time in which it would have made more tokens alone: 1 - alone / tpot. The sum over all agents
+        is what reading adds to the time in which they get everything done, so its inverse is what there must be most
+        of.
+        """
         if not self.weighs_delay:
             return prefill_rate
-        missed = tpot_ns / self._target_ns
-        return prefill_rate / (tpot_ns * missed * missed) if missed > 1.0 else prefill_rate / tpot_ns
+        lost = self._num_waiting + self._num_decodes * max(0.0, 1.0 - self._alone_ns / tpot_ns)
+        missed = max(tpot_ns / self._target_ns, 1.0)
+        return prefill_rate / (lost * missed * missed)

@@ -1,13 +1,13 @@
 """The default controller: asks the cost model what each way to share the device would do, and takes the best.
 
-Each *option* is a partition with a chunk size. The one with the most *power* wins: prompt tokens per second over the
-time between two tokens, which is throughput over delay (Kleinrock 1979); delay beyond the target counts more. With a
-target that somebody asked for it is a limit, and the one with the most prompt tokens per second under it wins, since
-the price in delay is named. Options are the splits, the caps, the shared device, and taking turns
-(prompts in the batches of the decodes), so the device is split only where that is predicted to pay: aggregate by
-default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general form. Short
-resumes may ride in the batches of the decodes or go to the prefill lane, which does not have to wait for the end of a
-batch that is running.
+Each *option* is a partition with a chunk size. The one wins with which all agents together lose the least time for a
+prompt token, those who wait for their first token and those whose streams are slower meanwhile (`merit.gain_of`); delay
+beyond the target counts more. With a target that somebody asked for it is a limit, and the one with the most prompt
+tokens per second under it wins, since the price in delay is named. Options are the splits, the caps, the shared device,
+and taking turns (prompts in the batches of the decodes), so the device is split only where that is predicted to pay:
+aggregate by default and split on a predicted violation is DuetServe's rule (section 4), of which this is the general
+form. Short resumes may ride in the batches of the decodes or go to the prefill lane, which does not have to wait for
+the end of a batch that is running.
 
 A longer chunk never makes a batch shorter, so not every option has to be looked at; the plan is the same.
 
@@ -83,7 +83,7 @@ class PredictiveController:
         self._lone_chunk = self._longest_chunk(table.whole, co_running=False, factor=1.0)
         self._lone_decision = Decision(table.whole, self._lone_chunk, self._lone_chunk)
         self._plan: Option | None = None
-        self._planned_for: tuple[int, bool, bool, bool, int] | None = None
+        self._planned_for: tuple[int, bool, bool, bool, int, int] | None = None
         self._age = 0
 
     def observe(self, observation: BatchObservation) -> None:
@@ -109,6 +109,7 @@ class PredictiveController:
             signal.num_resume_tokens > 0,
             signal.num_prefill_tokens > 0,
             signal.num_waiting_prefill_tokens > 0,
+            signal.num_prompts,
             signal.decodes.num_decode_context // (_CONTEXT_STEP * signal.decodes.num_decodes),
         )
         self._age += 1
@@ -171,7 +172,15 @@ class PredictiveController:
         outlook = Outlook(self._cost, self._corrections, signal, self._whole)
         # The target, or what prompts may slow these decodes down to in any case, if that is more.
         target_ns = max(float(self._target_ns), _LEAST_SLOWDOWN * outlook.alone_ns)
-        return outlook, Merit(target_ns, self._needed_rate(signal), self._config.control.objective)
+        merit = Merit(
+            target_ns,
+            self._config.control.objective,
+            needed_rate=self._needed_rate(signal),
+            alone_ns=outlook.alone_ns,
+            num_decodes=signal.decodes.num_decodes,
+            num_prompts=signal.num_prompts,
+        )
+        return outlook, merit
 
     def _best(self, options: list[Option], merit: Merit) -> Option:
         """The one with the most merit, unless a split or the present partition has hardly less."""

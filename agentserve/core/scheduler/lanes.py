@@ -140,6 +140,7 @@ class LaneScheduler(RunScheduler):
         short, long = self._by_lane(prefilling, self._config.control.max_resume_budget)
         in_prefill_lane = self.in_flight.get(_PREFILL)
         waiting = long if in_prefill_lane else long[1:]
+        assert self._observer is not None, "there is a controller"
         decode_since_ns = self._observer.running_since_ns(_DECODE)
         return ControlSignal(
             now_ns=now_ns,
@@ -147,6 +148,7 @@ class LaneScheduler(RunScheduler):
             num_resume_tokens=_remaining(short),
             num_prefill_tokens=_remaining(long) + (in_prefill_lane.num_tokens if in_prefill_lane else 0),
             num_waiting_prefill_tokens=_remaining(waiting),
+            num_prompts=len(self._reading),
             prefill_start=long[0].num_computed_tokens if long else 0,
             riding_start=next((request.num_computed_tokens for request in (*short, *waiting)), 0),
             oldest_prefill_arrival_ns=min(waiting_since, default=None),

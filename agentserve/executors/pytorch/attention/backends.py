@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from agentserve.executors.pytorch.attention.choice import AttentionChoice
+from agentserve.executors.pytorch.attention.fused import native_fused_kernels, triton_fused_kernels
 from agentserve.executors.pytorch.attention.interface import KvBackend
 from agentserve.executors.pytorch.attention.mirror import MirrorBackend
 from agentserve.executors.pytorch.attention.paged import PagedBackend, table_width
@@ -48,14 +49,8 @@ def make_backend(
     width = table_width(max_model_len, block_size)
     make_kernels = _kernels(choice.name, shape, pool, device, max_num_seqs=max_num_seqs, width=width)
     fused: FusedKernels | None = None
-    if choice.name == "native":
-        from agentserve.executors.pytorch.attention.native import NativeFusedKernels  # noqa: PLC0415
-
-        fused = NativeFusedKernels()
-    elif choice.is_fused:
-        from agentserve.executors.pytorch.attention.fused import TritonFusedKernels  # noqa: PLC0415
-
-        fused = TritonFusedKernels()
+    if choice.is_fused:
+        fused = native_fused_kernels() if choice.name == "native" else triton_fused_kernels()
     return PagedBackend(
         pool,
         device,

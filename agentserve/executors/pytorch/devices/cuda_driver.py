@@ -7,6 +7,7 @@ made from the number), and functions that an older one lacks.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from typing import Any
 
@@ -14,6 +15,14 @@ from agentserve.errors import EngineError
 
 _MODULES = ("cuda.bindings.driver", "cuda.cuda")
 """The name since cuda-python 12.6, and the one before."""
+
+
+def driver_library() -> ctypes.CDLL | None:
+    """NVIDIA's driver, None if it is not installed: a look that takes no time and does not start it."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
 
 
 class CudaUnavailableError(EngineError):
