@@ -110,6 +110,7 @@ class CostModel:
         self._overhead_ns = device.overhead_ns + device.layer_overhead_ns * model.num_layers
         self._sequence_ns = device.sequence_overhead_ns * model.num_layers
         self._group = model.num_heads / model.num_kv_heads
+        self._tiles = device.attention_tile_rows, device.attention_tile_keys, device.attention_tail, model.num_heads
         head_bytes = model.kv_bytes_per_token / (model.num_layers * model.num_kv_heads)
         self._cached_tokens = _CACHE_SHARE * device.cache_bytes / max(1.0, head_bytes)
         """Tokens whose KV in one head of one layer stays in the cache."""
@@ -128,9 +129,7 @@ class CostModel:
         rates = self._rates.get(units) or self._rates_of(units)
         num_prefill_tokens = shape.num_prefill_tokens
         key = (shape.num_decodes + num_prefill_tokens, shape.num_samples)
-        duration = rates.dense.get(key)
-        if duration is None:
-            duration = rates.dense[key] = self._dense(rates, *key)
+        duration = rates.dense.get(key) or self._dense(rates, *key)
         if not num_prefill_tokens:
             return duration + (rates.kv_token * shape.num_decode_context + self._sequence_ns * shape.num_decodes)
         if self.device.fused_attention or not shape.num_decodes:
@@ -147,7 +146,7 @@ class CostModel:
         contention = self.contention(_DECODE, partition) if co_running else 1.0
         num_decodes, context = shape.num_decodes, shape.num_decode_context
         rates = self._rates_of(partition.decode_units)
-        dense = self._dense(rates, num_decodes, num_decodes)
+        dense = rates.dense.get((num_decodes, num_decodes)) or self._dense(rates, num_decodes, num_decodes)
         kv_token, sequences, overhead_ns = rates.kv_token, self._sequence_ns * num_decodes, self._overhead_ns
         return [
             round((dense + (kv_token * tokens + sequences)) * contention + overhead_ns)
@@ -175,12 +174,13 @@ class CostModel:
         return rows
 
     def _dense(self, rates: _Rates, num_tokens: int, num_samples: int) -> float:
-        """Nanoseconds of the matrix products with the weights, and of sampling."""
+        """Nanoseconds of the matrix products with the weights, and of sampling; from now on in `rates.dense`."""
         slowdown = self.device.streaming_slowdown
         duration = max(rates.weights * (1.0 + slowdown * num_tokens), rates.row * self._rows_of(num_tokens))
         if num_samples:
             duration += max(rates.head * (1.0 + slowdown * num_samples), rates.head_row * self._rows_of(num_samples))
             duration += self.device.sample_overhead_ns * num_samples
+        rates.dense[num_tokens, num_samples] = duration
         return duration
 
     def _decode_attention(self, shape: BatchShape, rates: _Rates) -> float:
@@ -188,8 +188,8 @@ class CostModel:
 
     def _tiled_attention(self, shape: BatchShape, rates: _Rates, num_decodes: int) -> float:
         """Nanoseconds of the kernel that handles the chunks and, if it is fused, `num_decodes` decodes."""
-        device, units, num_tokens = self.device, rates.units, shape.num_prefill_tokens
-        tile_rows, tile_keys, num_heads = device.attention_tile_rows, device.attention_tile_keys, self.model.num_heads
+        units, num_tokens = rates.units, shape.num_prefill_tokens
+        tile_rows, tile_keys, tail, num_heads = self._tiles
         longest: float = shape.num_prefill_longest or shape.num_prefill_context
         if shape.num_prefill_chunks <= 1:
             num_tiles: float = -(-num_tokens // tile_rows)
@@ -215,7 +215,7 @@ class CostModel:
         num_tiles *= num_heads
         makespan = longest
         if num_tiles > units:
-            evenly = (num_heads * keys + num_tiles * tile_keys) / units + device.attention_tail * longest
+            evenly = (num_heads * keys + num_tiles * tile_keys) / units + tail * longest
             makespan = max(longest, min(in_turn, -(-num_tiles // units) * longest, evenly))
         return max(rates.key * makespan, rates.kv_token * num_bytes_as_tokens)
 

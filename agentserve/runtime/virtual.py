@@ -83,7 +83,7 @@ class VirtualDriver:
         now_ns = max(wake_ns, self.clock.now_ns())
         self.clock.advance_to(now_ns)
         completions = self._executor.poll(now_ns)
-        self.last_completions = tuple(output for output in completions if isinstance(output, BatchOutput))
+        self.last_completions = tuple([output for output in completions if isinstance(output, BatchOutput)])
         commands = []
         while self._arrivals and self._arrivals[0][0] <= now_ns:
             commands.append(heapq.heappop(self._arrivals)[2])

@@ -64,25 +64,24 @@ class ResidencyMeter:
 
     def sample(self, now_ns: int, occupancy: tuple[int, ...]) -> None:
         """After a step at this time; `occupancy` is what `occupancy_of` said then."""
-        held, cached, *below = occupancy
-        self._below = tuple(below)
-        self._sample_at(now_ns, held, cached)
+        self._below = occupancy[2:]
+        self._sample_at(now_ns, occupancy[0], occupancy[1])
 
     def _sample_unchanged(self, times_ns: Sequence[int]) -> None:
         """After steps that left everything as it was."""
-        if not times_ns:
-            return
         _, held, cached = self._last
-        index = -self._num_steps % self._stride
-        if index < len(times_ns):  # the samples that are kept, and the thinning
-            for now_ns in times_ns:
-                self._sample_at(now_ns, held, cached)
+        begin = 0
+        while (kept := begin + -self._num_steps % self._stride) < len(times_ns):  # thinning makes the stride longer
+            self._num_steps += kept - begin
+            self._sample_at(times_ns[kept], held, cached)
+            begin = kept + 1
+        if begin == len(times_ns):
             return
         elapsed_ns = times_ns[-1] - self._last[0]
         self._held_time += elapsed_ns * held
         self._cached_time += elapsed_ns * cached
         self._last = (times_ns[-1], held, cached)
-        self._num_steps += len(times_ns)
+        self._num_steps += len(times_ns) - begin
 
     def _sample_at(self, now_ns: int, held: int, cached: int) -> None:
         last_ns, last_held, last_cached = self._last

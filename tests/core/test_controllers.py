@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from agentserve.config import ControlConfig, EngineConfig
@@ -299,7 +299,6 @@ def test_predictive_stays_within_its_bounds(
         controller.observe(observation(decision, round(ratio * 10 * MS), shape=at.decodes))
 
 
-@settings(deadline=None)
 @given(st.integers(5, 100), st.integers(0, 100), st.integers(1, 6))
 def test_predictive_with_a_looser_target_never_reads_prompts_slower(tight_ms: int, more_ms: int, decodes: int) -> None:
     at = signal(decodes=decodes)
@@ -311,7 +310,6 @@ def test_predictive_with_a_looser_target_never_reads_prompts_slower(tight_ms: in
     assert rates[0] < 1.1 * rates[1]
 
 
-@settings(deadline=None)  # hundreds of decisions each
 @given(st.integers(5, 60), st.floats(0.3, 3.0), st.integers(1, 6))
 def test_predictive_comes_to_rest_under_a_constant_signal(target_ms: int, ratio: float, decodes: int) -> None:
     controller = predictive(tpot_target_ns=target_ms * MS)

@@ -253,4 +253,4 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestEngineMachine.settings = settings(max_examples=150, stateful_step_count=60)

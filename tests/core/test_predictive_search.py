@@ -106,7 +106,7 @@ SIGNALS = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     signals=st.lists(st.tuples(SIGNALS, st.floats(0.3, 3.0)), min_size=1, max_size=12),
     large=st.booleans(),

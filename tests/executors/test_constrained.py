@@ -36,7 +36,7 @@ def spec(output_index: int = 0, **values: object) -> SampleSpec:
 
 
 @given(allowed=st.sets(st.integers(0, VOCAB_SIZE - 1), min_size=1), size=st.integers(0, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_mask_leaves_what_is_allowed_as_it_is(allowed: set[int], size: int) -> None:
     """Whether it is shorter than the vocabulary, of its size, or longer."""
     logits = torch.arange(VOCAB_SIZE, dtype=torch.float32) - 20.0

@@ -153,7 +153,7 @@ def test_a_prefix_of_a_long_conversation_does_not_take_its_mirror():
     assert kv.mirror_bytes == 2 * STEP_BYTES
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.permutations(range(5)), st.integers(0, 4), st.integers(1, 8), st.integers(0, 3)),
@@ -203,7 +203,7 @@ def test_two_lanes_at_once():
     assert kv.mirror_bytes == (len(kv._mirrors) + len(kv._retired)) * STEP_BYTES <= 2 * STEP_BYTES
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4), st.booleans())
 def test_attention_equals_the_definition(plan, drop):
     """Each sequence comes in chunks of the given sizes; in each round all that are left are one batch."""

@@ -179,7 +179,7 @@ def test_the_width_of_tables():
 # ---- attention ----
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4))
 def test_attention_equals_the_definition(plan):
     """Each sequence comes in chunks of the given sizes; in each round all that are left are one batch."""

@@ -216,7 +216,7 @@ def test_filters(values, expected):
     assert kept_by(HALVES, **values) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     # Steps of 1/64: logits that differ by less than a float64 resolves tie, and either order of a tie is right.
     logits=st.lists(st.integers(-384, 384).map(lambda n: n / 64), min_size=2, max_size=40, unique=True),

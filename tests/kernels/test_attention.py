@@ -143,7 +143,7 @@ def test_prefill(
     run_prefill(cache, [chunk for _, chunk in batch], num_heads, num_units=64, tiles=tiles, splits=splits)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     batch=st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), min_size=1, max_size=4),
     group_size=st.sampled_from([1, 2, 3, 5, 7]),

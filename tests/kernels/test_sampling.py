@@ -45,7 +45,7 @@ ROWS = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.lists(ROWS, min_size=1, max_size=6), vocab_size=st.sampled_from([7, 500, 5000]), seed=st.integers(0, 99))
 def test_the_token_is_that_of_the_engine(device: torch.device, rows: list[Row], vocab_size: int, seed: int) -> None:
     logits = randn((len(rows), vocab_size), torch.float32, device, seed) * 4

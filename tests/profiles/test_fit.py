@@ -177,7 +177,7 @@ def test_samples_beside_a_busy_lane_alone_give_contention_alone() -> None:
 @example(seed=3068588578, noise=0.0, outliers=4, kept=52)
 @example(seed=685233021, noise=0.0075337837290647474, outliers=5, kept=43)
 @example(seed=3521774616, noise=0.0, outliers=5, kept=40)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_noise_outliers_and_few_samples_do_no_harm(seed: int, noise: float, outliers: int, kept: int) -> None:
     rng = random.Random(seed)
     exact = calibration(CPU, SMALL, CPU_TABLE)

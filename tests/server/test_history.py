@@ -59,7 +59,7 @@ def plain(messages: list[dict[str, Any]]) -> str:
     st.lists(st.sampled_from(["user", "tool", "assistant", "system"]), min_size=1, max_size=12),
     st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=3),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_conversation_that_grows_renders_as_a_prompt_that_grows(roles: list[str], more: list[str]) -> None:
     """As it does where the client waits for an answer: behind a user's or a tool's message and what follows it."""
     messages = [message(role, f"{role}{at}") for at, role in enumerate([*roles, "user"])]

@@ -120,7 +120,7 @@ async def test_bodies_that_fit_the_document_are_answered() -> None:
 
         def attack(path: str, strategy: Any) -> None:
             @given(case=strategy)
-            @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+            @settings(max_examples=10, suppress_health_check=list(HealthCheck), derandomize=True)
             def run(case: Any) -> None:
                 status = asyncio.run_coroutine_threadsafe(send(path, case.body), loop).result(20)
                 seen.setdefault(path, Counter())[status] += 1

@@ -202,7 +202,7 @@ SHOWN = st.tuples(TEXTS, TEXTS, st.sampled_from(["user", "tool"]), st.booleans()
 
 
 @pytest.mark.parametrize("use_bpe", [False, True])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     family=st.sampled_from(["chatml", "open-thinking"]),
     turns=st.lists(SHOWN, min_size=1, max_size=5),

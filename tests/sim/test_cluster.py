@@ -40,7 +40,7 @@ def cluster(
     return Cluster(instances, build_router(name, overload=overload, overload_calls=overload_calls), link)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(workloads())
 def test_one_instance_is_the_virtual_driver(workload: Workload) -> None:
     alone = simulate(workload, driver(max_num_seqs=3))
@@ -48,7 +48,7 @@ def test_one_instance_is_the_virtual_driver(workload: Workload) -> None:
         assert simulate(workload, cluster(1, name, max_num_seqs=3)) == alone
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(workloads())
 def test_every_call_is_answered_once_by_one_instance(workload: Workload) -> None:
     for name, overload in (("round_robin", "wait"), ("least_loaded", "wait"), ("session_affinity", "move")):

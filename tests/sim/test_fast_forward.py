@@ -28,7 +28,7 @@ from agentserve.sim.router import ROUTERS, build_router
 from tests.core.builders import MS, core, cost_model, simulated, submit, virtual
 from tests.core.test_determinism import WAYS
 
-RELAXED = settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+RELAXED = settings(max_examples=12, suppress_health_check=[HealthCheck.too_slow])
 TIERING = TieringConfig(block_bytes=4000, tiers=(TierConfig("host", 20, 4e5, 3e5, MS),), max_transfer_blocks=4)
 """A block takes 10 ms up and 13 ms down."""
 POLICIES: tuple[dict[str, Any], ...] = (
@@ -178,7 +178,7 @@ def decode_steps(draw: st.DrawFn) -> DecodeSteps:
 
 
 @pytest.mark.parametrize("name", ["static", "reactive", "predictive", "predictive-ttft"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(parts=st.lists(decode_steps(), min_size=1, max_size=6))
 def test_controllers_follow_batches_as_they_would_one_by_one(name: str, parts: list[DecodeSteps]) -> None:
     bulk, single = (core(**WAYS[name])._scheduler._controller for _ in range(2))

@@ -105,7 +105,7 @@ def traces(draw: st.DrawFn) -> Workload:
     return Workload("random", tuple(sorted(programs, key=lambda p: p.arrival_ms or 0)), None)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(traces(), st.sampled_from([4, 16]))
 def test_the_bound_is_exact_for_any_trace(workload: Workload, block_size: int) -> None:
     driver = builders.virtual(num_blocks=1024, block_size=block_size, max_model_len=256)

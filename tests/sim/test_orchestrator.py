@@ -55,7 +55,7 @@ def workloads(draw: st.DrawFn) -> Workload:
     return Workload("random", tuple(programs), num_agents, seed=draw(st.integers(0, 3)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(workloads())
 def test_every_turn_runs_once_in_order_and_in_its_time(workload: Workload) -> None:
     result = simulate(workload, driver(max_num_seqs=3))
@@ -86,7 +86,7 @@ def test_every_turn_runs_once_in_order_and_in_its_time(workload: Workload) -> No
             assert sum(first <= started < last for first, last in spans.values()) <= workload.num_agents
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(workloads())
 def test_two_runs_are_equal(workload: Workload) -> None:
     assert simulate(workload, driver()) == simulate(workload, driver())

@@ -73,8 +73,7 @@ def forecast_from_gaps(registry: AgentRegistry, session: Session, now_ns: int) -
     return None if gaps is None else Forecast(session.idle_since_ns + gaps.mean_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(NamedTuple):
     """Keeps the private blocks of a session until a time, or until its next call has been admitted. A time that is over
     ends an earlier pin.
 
@@ -86,8 +85,7 @@ class Pin:
     until_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(NamedTuple):
     """Frees the private blocks of a session that nobody holds, the ends of its branches first."""
 
     session: Session
@@ -95,44 +93,38 @@ class Drop:
     """At most so many of them. None: all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Supersede:
+class Supersede(NamedTuple):
     """Lets the private blocks behind the first `num_tokens` tokens of a session's last call go first."""
 
     session: Session
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Demote:
+class Demote(NamedTuple):
     """Takes the private blocks of a session that nobody holds down to the next tier, while its tool runs."""
 
     session: Session
 
 
-@dataclass(frozen=True, slots=True)
-class Rescore:
+class Rescore(NamedTuple):
     """Asks `score` again: a session is worth more or less than before although nothing happened to it."""
 
     session: Session
 
 
-@dataclass(frozen=True, slots=True)
-class Rate:
+class Rate(NamedTuple):
     """The same for many sessions at once, with the keys that `score` would give."""
 
     keys: tuple[tuple[Session, Key], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RescoreAnchor:
+class RescoreAnchor(NamedTuple):
     """Asks `score_anchor` again."""
 
     agent: str
 
 
-@dataclass(frozen=True, slots=True)
-class Prefetch:
+class Prefetch(NamedTuple):
     """Loads what lower tiers have of a session's blocks, as soon as there is room: the smallest distance first.
 
     It takes the place of free blocks and of sessions that are worth less. It ends when the session calls, and when the
@@ -143,8 +135,7 @@ class Prefetch:
     distance: float
 
 
-@dataclass(frozen=True, slots=True)
-class PlaceAdapter:
+class PlaceAdapter(NamedTuple):
     """How far the next use of a LoRA adapter is, and whether it is to be loaded before that."""
 
     adapter: str
@@ -152,16 +143,14 @@ class PlaceAdapter:
     is_wanted: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Reprioritize:
+class Reprioritize(NamedTuple):
     """Gives a call that waits another place within its priority."""
 
     request_id: str
     key: Key
 
 
-@dataclass(frozen=True, slots=True)
-class Admit:
+class Admit(NamedTuple):
     """Queues a call for which `holds` was true."""
 
     request_id: str
@@ -186,6 +175,11 @@ class Policy:
 
     rates_by_users: ClassVar[bool] = False
     """True: what several sessions use is worth what it is to the one that values it most. False: it is an anchor."""
+
+    pins: ClassVar[bool] = False
+    """Whether it may pin what a turn has left, in the `act` after it was told that the turn has ended. Then it is told
+    in a step of its own, which follows at once, and until then what the turn has left is pinned; unless that turn was
+    the program's last one."""
 
     @property
     def is_behind(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from agentserve.core.events import HUMAN, Foresight
@@ -23,6 +23,8 @@ _MAX_GAPS = 128
 """Gaps of one tool that are remembered, the latest ones."""
 _MAX_CANDIDATES = 32
 """Of those, at most so many are looked at as times to wait: quantiles, the longest gap among them."""
+_CANDIDATES_A_PIECE = 8
+"""That are looked at in one piece of the work."""
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -99,11 +101,12 @@ class GapSamples:
     """
 
     latest: deque[int] = field(default_factory=lambda: deque(maxlen=_MAX_GAPS))
+    _sum_ns: int = 0
+    _num_new: int = 0
     _candidates_ns: list[int] = field(default_factory=lambda: [0])
     _thresholds_ns: list[float] = field(default_factory=list)
-    _num_new: int = 0
-    _points: list[tuple[int, int]] = field(default_factory=list)
-    """Half way through `refresh`: gaps, and how many are as short."""
+    _work: Iterator[None] | None = None
+    """The `refresh` under way."""
 
     @property
     def ascending(self) -> list[int]:
@@ -133,44 +136,48 @@ class GapSamples:
             pass
 
     def refresh_more(self) -> bool:
-        """Does one of the two halves of `refresh`; whether that is done."""
-        if self._points:
-            self._candidates_ns, self._thresholds_ns = _upper_hull(self._points)
-            self._points = []
-            return True
+        """Does a piece of `refresh`, of about ten microseconds; whether it was the last one."""
+        if self._work is None:
+            self._work = self._refreshing()
+        for _ in self._work:
+            return False
+        self._work = None
+        return True
+
+    def _refreshing(self) -> Iterator[None]:
+        """Which gaps can be the best time to wait, and from which benefit on: the upper hull of how many are as short,
+        where its slope is that."""
         ascending = self.ascending
         num = len(ascending)
         every = -(-num // _MAX_CANDIDATES)
-        self._points = [(ascending[count - 1], count) for count in (*range(every, num, every), num)]
         self._num_new = 0
-        return False
+        gaps_ns, counts, thresholds_ns = [0], [0], list[float]()
+        for index, count in enumerate((*range(every, num, every), num)):
+            if index % _CANDIDATES_A_PIECE == 0:
+                yield
+            gap_ns = ascending[count - 1]
+            threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
+            while thresholds_ns and threshold_ns <= thresholds_ns[-1]:
+                thresholds_ns.pop()
+                gaps_ns.pop()
+                counts.pop()
+                threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
+            gaps_ns.append(gap_ns)
+            counts.append(count)
+            thresholds_ns.append(threshold_ns)
+        self._candidates_ns, self._thresholds_ns = gaps_ns, thresholds_ns
 
     def add(self, gap_ns: int) -> None:
         """Takes a gap; the oldest one goes when there are too many."""
-        self.latest.append(gap_ns)
+        latest = self.latest
+        self._sum_ns += gap_ns - latest[0] if len(latest) == _MAX_GAPS else gap_ns
+        latest.append(gap_ns)
         self._num_new += 1
 
     @property
     def mean_ns(self) -> float:
-        """O(n). Raises ZeroDivisionError if there is none."""
-        return sum(self.latest) / len(self.latest)
-
-
-def _upper_hull(points: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
-    """Which of these gaps can be the best time to wait, and from which benefit on: where the hull's slope is that."""
-    num = points[-1][1]
-    gaps_ns, counts, thresholds_ns = [0], [0], list[float]()
-    for gap_ns, count in points:
-        threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
-        while thresholds_ns and threshold_ns <= thresholds_ns[-1]:
-            thresholds_ns.pop()
-            gaps_ns.pop()
-            counts.pop()
-            threshold_ns = (gap_ns - gaps_ns[-1]) * num / (count - counts[-1])
-        gaps_ns.append(gap_ns)
-        counts.append(count)
-        thresholds_ns.append(threshold_ns)
-    return gaps_ns, thresholds_ns
+        """Raises ZeroDivisionError if there is none."""
+        return self._sum_ns / len(self.latest)
 
 
 class GapStatistics:

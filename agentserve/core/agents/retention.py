@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 
 from agentserve.config import EngineConfig
@@ -25,6 +26,9 @@ from agentserve.core.memory.eviction import Key, Rank
 from agentserve.core.memory.manager import MemoryManager
 
 _NO_KEY: Key = ()
+_PINNED, _PRIVATE = Rank.PINNED, Rank.PRIVATE
+_HELD_NS = sys.maxsize - 1
+"""`Session.pinned_until_ns` of those that are pinned until the policy has been told that their turns have ended."""
 
 
 class RetentionSeat:
@@ -46,8 +50,8 @@ class RetentionSeat:
         self._isolation = isolation
         self._counts = counts
         self._pins = PinTimers()
-        self._changed: dict[Session, Key] = {}
-        """What sessions are worth to which something has happened: their blocks move once in a step."""
+        self._changed: dict[Session, None] = {}
+        """Sessions to which something has happened: they are rated once in a step."""
         if policy is not None:
             memory.use_policy(
                 isolation.block_key(policy),
@@ -75,28 +79,33 @@ class RetentionSeat:
         """Whether sessions compete by what the policy says of them."""
         return self.policy is not None and not self.policy.scores_blocks
 
-    def rescore(self, session: Session, now_ns: int) -> None:
-        """Asks what a session is worth; `settle` tells the memory."""
+    def rescore(self, session: Session) -> None:
+        """A session may be worth something else now: `settle` asks what."""
         policy = self.policy
         if policy is not None and not policy.scores_blocks:
-            try:
-                self._changed[session] = policy.score(session, now_ns)
-            except Exception as error:  # noqa: BLE001  # see `Isolation.ask`: a call less for each event
-                self._changed[session] = self._isolation.raised(policy, error, _NO_KEY)
+            self._changed[session] = None
 
-    def settle(self) -> None:
+    def settle(self, now_ns: int) -> None:
         """Moves the blocks of sessions that are worth something else to their places. To be called before anything is
         evicted, and at the end of a step."""
         if self._changed:
-            for session, key in self._changed.items():
-                self.rate(session, key)
+            for session in self._changed:
+                self._rate_anew(session, now_ns)
             self._changed.clear()
+
+    def _rate_anew(self, session: Session, now_ns: int) -> None:
+        policy = self.policy
+        assert policy is not None, "sessions are rated without a policy"
+        try:
+            key = policy.score(session, now_ns)
+        except Exception as error:  # noqa: BLE001  # see `Isolation.ask`: a call less for each session
+            key = self._isolation.raised(policy, error, _NO_KEY)
+        self.rate(session, key)
 
     def rate(self, session: Session, key: Key) -> None:
         """Takes what a session is worth."""
-        is_pinned = session.pinned_until_ns is not None
-        blocks, worth = session.blocks, (Rank.PINNED if is_pinned else Rank.PRIVATE, *key)
-        group = blocks.group
+        blocks, is_pinned = session.blocks, session.pinned_until_ns is not None
+        worth, group = (_PINNED if is_pinned else _PRIVATE, *key), blocks.group
         if worth != group.key or is_pinned != group.is_pinned:
             self._memory.rekey(blocks, worth, is_pinned=is_pinned)
 
@@ -114,16 +123,16 @@ class RetentionSeat:
             for session, key in action.keys:
                 self.rate(session, key)
         elif isinstance(action, Rescore):
-            self.rescore(action.session, now_ns)
+            self.rescore(action.session)
         elif isinstance(action, RescoreAnchor):
             self.rescore_anchor(action.agent, now_ns)
         elif not isinstance(action, PlaceAdapter):
-            self.give_up(action)
+            self.give_up(action, now_ns)
         elif self._memory.adapters is not None:
             limit = math.inf if action.is_wanted else -math.inf
             self._memory.adapters.set_distances({action.adapter: action.distance}, prefetch_below=limit)
 
-    def give_up(self, action: Drop | Demote | Supersede) -> None:
+    def give_up(self, action: Drop | Demote | Supersede, now_ns: int) -> None:
         """Frees blocks of a session, or lets them go first or down to the next tier."""
         session, memory = action.session, self._memory
         if isinstance(action, Supersede):
@@ -132,7 +141,7 @@ class RetentionSeat:
             return
         elif isinstance(action, Demote):
             if session in self._changed:
-                self.rate(session, self._changed[session])  # it is worth the same below
+                self._rate_anew(session, now_ns)  # it is worth the same below
             self._counts["blocks_demoted"] += memory.demote(session.blocks)
         else:
             # What a batch in flight still writes to is dropped when it is done.
@@ -140,6 +149,22 @@ class RetentionSeat:
             memory.drop(session.blocks, action.max_blocks)
 
     # ---- pins ----
+
+    def hold(self, session: Session, now_ns: int) -> bool:
+        """A turn has ended. If the policy sets pins, what the turn has left is pinned until the policy is told, in a
+        step to come, for this step's admissions must not take what is to stay. Whether that is so."""
+        policy = self.policy
+        if policy is None or not policy.pins or session.is_last_turn:
+            return False
+        if session.is_idle:
+            session.pinned_until_ns = _HELD_NS
+            self._rate_anew(session, now_ns)  # among pins that have to yield it has its place
+        return True
+
+    def hold_no_more(self, session: Session) -> None:
+        """The policy is told now."""
+        if session.pinned_until_ns == _HELD_NS:
+            self.unpin(session)
 
     def next_pin_ns(self) -> int | None:
         """When the next pin ends."""
@@ -150,7 +175,6 @@ class RetentionSeat:
         for session in self._pins.pop_expired(now_ns):
             self._counts["pins_expired"] += 1
             self.unpin(session)
-            self.rescore(session, now_ns)
 
     def pin(self, session: Session, until_ns: int, now_ns: int) -> None:
         """Only an idle session is pinned: what an open call needs is held."""
@@ -163,10 +187,10 @@ class RetentionSeat:
             session.pinned_until_ns = None
         else:
             return
-        self.rescore(session, now_ns)
+        self.rescore(session)
 
     def unpin(self, session: Session) -> None:
         """Ends the pin of a session, if it has one."""
         session.pinned_until_ns = None
         if session.blocks.group.is_pinned:
-            self._changed.setdefault(session, (session.last_used_ns,))
+            self.rescore(session)

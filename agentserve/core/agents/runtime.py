@@ -50,6 +50,9 @@ from agentserve.core.stats import PolicyStats
 
 _FOREVER_NS = sys.maxsize
 _NO_KEY: Key = ()
+# It takes some time to look a member up, and these are needed in each event of a call.
+_SUBMITTED, _ADMITTED, _FINISHED = TurnKind.SUBMITTED, TurnKind.ADMITTED, TurnKind.FINISHED
+_OF_CALLS = (Admit, Reprioritize)
 
 
 class AgentRuntime:
@@ -79,12 +82,12 @@ class AgentRuntime:
             seats.retention, config, memory, self.registry, isolation=self._isolation, counts=self.counts
         )
         self._untold = UntoldEvents(self._isolation, self._retention)
-        self._seat()
         self._prefetches = None if memory.residency is None else PrefetchQueue(memory, self.registry)
         self._pieces: SpeculationQueue | None = None
         if self._speculation is not None:
             ask = partial(self._ask, self._speculation, 0, self._speculation.speculates)
             self._pieces = SpeculationQueue(memory, config.speculate_tokens, ask)
+        self._seat()
 
     @property
     def is_active(self) -> bool:
@@ -97,7 +100,7 @@ class AgentRuntime:
         """A call has come. Stamps its place and to whom its blocks will belong; it is not queued yet."""
         session, forgotten = self._finder.find(command, self._retention.policy, now_ns)
         if forgotten:
-            self._forget(forgotten, now_ns)
+            self._forget(forgotten)
         self._untold.tell_all()
         if session.idle_since_ns is not None:
             self.registry.gaps.add(session.tool_name, now_ns - session.idle_since_ns)
@@ -122,8 +125,9 @@ class AgentRuntime:
         order = self._order
         if order is not None:
             request.order_key = self._ask(order, _NO_KEY, order.order_key, session, request, now_ns)
-        self._happened(TurnKind.SUBMITTED, session, request, now_ns)
-        self._untold.tell_all()
+        if self._has_listeners:
+            self._happened(TurnEvent(_SUBMITTED, session, request, now_ns))
+            self._untold.tell_all()
 
     def holds(self, request: Request, now_ns: int) -> bool:
         """Whether a call that has come is held back here; else it is to be queued. To be asked once."""
@@ -145,7 +149,7 @@ class AgentRuntime:
         self._untold.tell_all()
         for policy, tool_called in self._hooks.tool_called:
             self._ask(policy, None, tool_called, session, now_ns)
-        self._retention.rescore(session, now_ns)
+        self._retention.rescore(session)
 
     @property
     def shapes_batches(self) -> bool:
@@ -182,7 +186,7 @@ class AgentRuntime:
         """Takes the admissions and preemptions among the events of a step."""
         for event in events:
             if isinstance(event, RequestAdmitted):
-                self._moved(event.request_id, event.at_ns, TurnKind.ADMITTED)
+                self._moved(event.request_id, event.at_ns, _ADMITTED)
             elif isinstance(event, RequestPreempted):
                 self._moved(event.request_id, event.at_ns, TurnKind.PREEMPTED)
 
@@ -203,7 +207,8 @@ class AgentRuntime:
             session.idle_since_ns = now_ns
             if session.pinned_until_ns is not None:
                 self._retention.unpin(session)
-        self._happened(TurnKind.FINISHED, session, request, now_ns, lasted_ns=lasted_ns, reason=reason)
+        if self._has_listeners:
+            self._happened(TurnEvent(_FINISHED, session, request, now_ns, lasted_ns, reason))
 
     def act(self, now_ns: int, queues: Queues) -> None:
         """Lets the policies act. To be called after what happened in a step, before the lanes are filled."""
@@ -219,7 +224,7 @@ class AgentRuntime:
                 self.is_behind |= policy.is_behind
             except Exception as error:  # noqa: BLE001  # see `Isolation.ask`
                 self._isolation.raised(policy, error, None)
-        retention.settle()
+        retention.settle(now_ns)
         rating = retention.policy
         if rating is not None and self._prefetches:
             wants = partial(self._ask, rating, False, rating.wants_prefetch)
@@ -232,7 +237,7 @@ class AgentRuntime:
 
     def settle(self, now_ns: int, queues: Queues) -> list[EngineEvent]:
         """Replaces policies that have raised; returns what the world must know of that. To be called last in a step."""
-        self._retention.settle()
+        self._retention.settle(now_ns)
         self._untold.end_step()
         events: list[EngineEvent] = []
         isolation = self._isolation
@@ -262,15 +267,16 @@ class AgentRuntime:
 
     def next_deadline_ns(self) -> int | None:
         """When `act` must be called while calls wait."""
-        pin_ns = self._retention.next_pin_ns()
-        if not self._hooks.next_deadline_ns:
-            return pin_ns
-        dues = (pin_ns, self._policy_deadline_ns())
-        return min((due for due in dues if due is not None), default=None)
+        due_ns, policies_ns = self._retention.next_pin_ns(), self._policy_deadline_ns()
+        return policies_ns if due_ns is None or (policies_ns is not None and policies_ns < due_ns) else due_ns
 
     def _policy_deadline_ns(self) -> int | None:
-        asked = [self._ask(policy, None, deadline) for policy, deadline in self._hooks.next_deadline_ns]
-        return min([due for due in asked if due is not None], default=None)
+        due_ns: int | None = None
+        for policy, deadline_ns in self._hooks.next_deadline_ns:
+            found_ns = self._ask(policy, None, deadline_ns)
+            if found_ns is not None and (due_ns is None or found_ns < due_ns):
+                due_ns = found_ns
+        return due_ns
 
     def stats(self) -> PolicyStats:
         """What the policies have done, and what the memory did for them."""
@@ -306,12 +312,12 @@ class AgentRuntime:
 
     # ---- the books ----
 
-    def _forget(self, sessions: Iterable[Session], now_ns: int) -> None:
+    def _forget(self, sessions: Iterable[Session]) -> None:
         """Nothing is known any more of sessions that the registry has dropped."""
         for session in sessions:
             self._forget_ended(session)
             self._retention.unpin(session)
-            self._retention.rescore(session, now_ns)
+            self._retention.rescore(session)
 
     def _forget_ended(self, session: Session) -> None:
         for request_id in session.ended_ids:
@@ -321,10 +327,11 @@ class AgentRuntime:
     def _moved(self, request_id: str, now_ns: int, kind: TurnKind) -> None:
         call = self._calls[request_id]
         session = call.session
-        lasted_ns = call.move(now_ns, is_admitted=kind is TurnKind.ADMITTED)
+        lasted_ns = call.move(now_ns, is_admitted=kind is _ADMITTED)
         if session.pinned_until_ns is not None and session.num_waiting == 0:
             self._retention.unpin(session)
-        self._happened(kind, session, call.request, now_ns, lasted_ns=lasted_ns)
+        if self._has_listeners:
+            self._happened(TurnEvent(kind, session, call.request, now_ns, lasted_ns))
 
     # ---- asking and doing ----
 
@@ -343,28 +350,15 @@ class AgentRuntime:
         """Takes the policies that are in the seats now."""
         self._hooks = SeatedHooks(policy for policy, _ in self._seats())
         self._untold.seat(self._hooks.observe)
+        self._has_listeners = self._pieces is not None or self._untold.has_listeners
 
-    def _happened(
-        self,
-        kind: TurnKind,
-        session: Session,
-        request: Request,
-        now_ns: int,
-        *,
-        lasted_ns: int = 0,
-        reason: FinishReason | None = None,
-    ) -> None:
-        pieces, untold = self._pieces, self._untold
-        if pieces is None and not untold.has_listeners:
-            return
-        event = TurnEvent(kind, session, request, now_ns, lasted_ns, reason)
-        if pieces is not None:
-            pieces.observe(event)
-        if untold.has_listeners:
-            untold.add(event)
+    def _happened(self, event: TurnEvent) -> None:
+        if self._pieces is not None:
+            self._pieces.observe(event)
+        self._untold.add(event)
 
     def _do(self, action: Action, now_ns: int, queues: Queues) -> None:
-        if isinstance(action, Admit | Reprioritize):
+        if isinstance(action, _OF_CALLS):
             self._move(action, queues)
         elif not isinstance(action, Prefetch):
             self._retention.do(action, now_ns)

@@ -6,12 +6,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from agentserve.core.agents.isolation import Isolation
-from agentserve.core.agents.policy import Policy, TurnEvent
+from agentserve.core.agents.policy import Policy, TurnEvent, TurnKind
 from agentserve.core.agents.retention import RetentionSeat
 
 MAX_EVENTS = 1
 """Of calls that were admitted, preempted or have ended, of which the policies are told in one step of the engine. The
 others follow at once, in steps of their own, unless somebody asks before."""
+_FINISHED = TurnKind.FINISHED
 
 
 class UntoldEvents:
@@ -36,17 +37,26 @@ class UntoldEvents:
         self.has_listeners = bool(observers) or self._retention.rates_sessions
 
     def add(self, event: TurnEvent) -> None:
-        """Something has happened; it is told at once if that is possible in this step."""
+        """Something has happened; it is told at once if that is possible in this step.
+
+        What a pin costs is more than a step has besides the end of a turn. So for a policy that pins, all ends are told
+        in steps of their own, and until then what the turns have left is held.
+        """
         self._events.append(event)
-        self._tell(self._num_left)
+        if event.kind is _FINISHED and self._retention.hold(event.session, event.at_ns):
+            self._num_left = 0
+        elif self._num_left > 0:
+            self._tell(self._num_left)
 
     def tell_all(self) -> None:
         """Somebody is about to ask."""
-        self._tell(len(self._events))
+        if self._events:
+            self._tell(len(self._events))
 
     def tell_more(self) -> None:
         """The policies are about to act: as much as is possible in this step. What happens after that has to wait."""
-        self._tell(self._num_left)
+        if self._events and self._num_left > 0:
+            self._tell(self._num_left)
         self._num_left = 0
 
     def end_step(self) -> None:
@@ -59,9 +69,11 @@ class UntoldEvents:
             max_events -= 1
             self._num_left -= 1
             event = events.popleft()
+            if event.kind is _FINISHED:
+                retention.hold_no_more(event.session)
             for policy, observe in self._observers:
                 try:
                     observe(event)
                 except Exception as error:  # noqa: BLE001  # see `Isolation.ask`: a call less for each event
                     self._isolation.raised(policy, error, None)
-            retention.rescore(event.session, event.at_ns)
+            retention.rescore(event.session)

@@ -83,12 +83,16 @@ class BlockCache:
     def num_available_blocks(self) -> int:
         """Blocks that an allocation could get at once: free or evictable."""
         num_available = self._pool.num_free + self._tree.num_cached
-        return num_available if self.residency is None else max(0, num_available - self.residency.num_copying_blocks)
+        return (
+            num_available
+            if self.residency is None
+            else max(0, num_available - self.residency.write_back.num_copying_blocks)
+        )
 
     @property
     def _num_leaving_blocks(self) -> int:
         """Blocks that will be free when they have been copied down."""
-        return 0 if self.residency is None else self.residency.num_leaving_blocks
+        return 0 if self.residency is None else self.residency.write_back.num_leaving_blocks
 
     @property
     def _num_obtainable_blocks(self) -> int:
@@ -203,7 +207,7 @@ class BlockCache:
     def flush(self) -> None:
         """Begins to copy what is cached to the tier that outlives the engine, if there is one."""
         if self.residency is not None:
-            self.residency.flush(node for node in self._tree.nodes() if node.is_ready)
+            self.residency.write_back.flush(node for node in self._tree.nodes() if node.is_ready)
 
     def abort_load(self, request_id: str) -> bool:
         """Cuts the load of a request short. True if it is over; False if it will be when its next transfer is done."""
@@ -272,7 +276,7 @@ class BlockCache:
         while self._tree.num_cached:
             missing = count - self._pool.num_free
             if may_wait and self.residency is not None:
-                missing -= self.residency.num_leaving_blocks
+                missing -= self.residency.write_back.num_leaving_blocks
             if missing <= 0:
                 break
             self._give_up([self._tree.evict_leaf() for _ in range(min(missing, self._tree.num_cached))], may_wait)
@@ -284,7 +288,7 @@ class BlockCache:
         if self.losers is not None:
             self.losers.update((node.user, None) for node in nodes if node.user is not None)
         if self.residency is not None:
-            self.residency.evicted(nodes, may_wait=may_wait)
+            self.residency.write_back.evicted(nodes, may_wait=may_wait)
             return
         put = self._pool.put
         for node in nodes:

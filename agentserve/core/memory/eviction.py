@@ -10,23 +10,20 @@ O(log n) amortized, and without a policy there is one group only: least recently
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, TypeAlias
 
+from agentserve.core.memory.lazy_heap import LazyHeap
+
 if TYPE_CHECKING:
     from agentserve.core.memory.radix import RadixNode
-
-_MIN_COMPACTION = 64
-"""Below this many outdated entries it is not worth cleaning up a heap."""
 
 Key: TypeAlias = tuple[float, ...]
 """What something is worth: the smallest is evicted first."""
 EvictionKey: TypeAlias = Callable[["RadixNode"], Key]
 """What a block is worth within its group. It is read when the node becomes an evictable leaf and must not change while
 it stays one."""
-_Entry: TypeAlias = tuple[Key, int, int, "RadixNode"]
 
 
 class Rank(IntEnum):
@@ -58,9 +55,8 @@ class EvictionGroup:
         "key",
         "num_cached",
         "num_live",
-        "num_stale",
         "sequence",
-        "version",
+        "stamp",
     )
 
     def __init__(self, key: Key, sequence: int, *, is_shared: bool = False) -> None:
@@ -70,14 +66,12 @@ class EvictionGroup:
         self.sequence = sequence
         """Order of creation: decides between groups of one key."""
         self.is_pinned = False
-        self.heap: list[_Entry] = []
+        self.heap: LazyHeap[Key, RadixNode] = LazyHeap()
         self.num_live = 0
         """Evictable leaves in it."""
-        self.num_stale = 0
-        """Outdated entries of its heap."""
         self.num_cached = 0
         """Blocks in it that nobody holds, leaves or not."""
-        self.version = 0
+        self.stamp = 0
         """How often it got another key: entries of the upper heap with another number are outdated."""
         self.is_listed = False
         """Whether the upper heap has a current entry of it."""
@@ -121,9 +115,9 @@ class EvictionOrder:
         self.on_rekey: Callable[[EvictionGroup], None] | None = None
         """Called with each group that has got another key."""
         self._num_groups = 0
-        self._groups: list[tuple[Key, int, int, EvictionGroup]] = []
+        self._groups: LazyHeap[Key, EvictionGroup] = LazyHeap()
         self._num_listed = 0
-        self._by_age: list[tuple[int, int, int, RadixNode]] | None = None
+        self._by_age: LazyHeap[int, RadixNode] | None = None
         self._num_live = 0
         self.common = self.new_group((Rank.PRIVATE,))
         """Blocks without a group of their own."""
@@ -149,28 +143,23 @@ class EvictionOrder:
     def compare_with_lru(self) -> None:
         """Counts from now on, in `num_unlike_lru`, what is evicted although something else was used longer ago."""
         assert self._by_age is None and self._num_live == 0, "there are blocks already"
-        self._by_age = []
+        self._by_age = LazyHeap()
 
     def push(self, node: RadixNode) -> None:
         """A node became an evictable leaf."""
         group = node.group or self.common
-        if group.num_stale > _MIN_COMPACTION and 2 * group.num_stale > len(group.heap):
-            group.heap = [entry for entry in group.heap if entry[2] == entry[3].stamp]
-            heapq.heapify(group.heap)
-            group.num_stale = 0
-        heapq.heappush(group.heap, (self.block_key(node), node.sequence, node.stamp, node))
+        group.heap.push(self.block_key(node), node.sequence, node, group.num_live)
+        if self._by_age is not None:
+            self._by_age.push(node.last_access, node.sequence, node, self._num_live)
         group.num_live += 1
         self._num_live += 1
         if not group.is_listed:
             self._list(group)
-        if self._by_age is not None:
-            self._push_by_age(node)
 
     def discard(self, node: RadixNode) -> None:
         """A node is no evictable leaf any more."""
         group = node.group or self.common
         node.stamp += 1
-        group.num_stale += 1
         group.num_live -= 1
         self._num_live -= 1
 
@@ -190,26 +179,23 @@ class EvictionOrder:
     def first_worth(self) -> Key | None:
         """The same of the leaf itself: what its group is worth, and what it is worth within that."""
         group = self._first_group()
-        return None if group is None else (*group.key, *_first_entry(group)[0])
+        if group is None:
+            return None
+        first = group.heap.first()
+        assert first is not None, "a group has no leaf, although it counts some"
+        return (*group.key, *first[0])
 
     def _first_group(self) -> EvictionGroup | None:
-        while self._groups:
-            _, _, version, group = self._groups[0]
-            if version == group.version and group.num_live:
-                return group
-            heapq.heappop(self._groups)
-            if version == group.version:
-                group.is_listed = False
-                self._num_listed -= 1
+        while (first := self._groups.first()) is not None:
+            if first[3].num_live:
+                return first[3]
+            self._groups.pop().is_listed = False
+            self._num_listed -= 1
         return None
 
     def pop_from(self, group: EvictionGroup) -> RadixNode:
         """Takes out the leaf of a group that goes first. There must be one."""
-        while True:
-            _, _, stamp, node = heapq.heappop(group.heap)
-            if stamp == node.stamp:
-                break
-            group.num_stale -= 1
+        node = group.heap.pop()
         node.stamp += 1
         group.num_live -= 1
         self._num_live -= 1
@@ -225,7 +211,7 @@ class EvictionOrder:
         group.key = key
         if self.on_rekey is not None:
             self.on_rekey(group)
-        group.version += 1
+        group.stamp += 1
         if group.is_listed:
             group.is_listed = False
             self._num_listed -= 1
@@ -252,23 +238,22 @@ class EvictionOrder:
 
     def check_invariants(self, nodes: list[RadixNode]) -> None:
         """Raises AssertionError if a heap or a counter does not fit `nodes`, all that there are."""
-        groups = {node.group or self.common for node in nodes} | {entry[3] for entry in self._groups}
-        live: list[_Entry] = []
+        groups = {node.group or self.common for node in nodes} | {entry[3] for entry in self._groups.current()}
+        live = []
         for group in groups:
-            entries = [entry for entry in group.heap if entry[2] == entry[3].stamp]
+            group.heap.check_invariants()
+            entries = group.heap.current()
             assert len(entries) == group.num_live, "the counter of leaves of a group is wrong"
-            assert len(group.heap) - len(entries) == group.num_stale, "the counter of stale heap entries is wrong"
             assert all((entry[3].group or self.common) is group for entry in entries), "a leaf is in another group"
-            listed = [entry for entry in self._groups if entry[3] is group and entry[2] == group.version]
+            listed = [entry for entry in self._groups.current() if entry[3] is group]
             assert len(listed) == group.is_listed, "a group is listed twice, or not at all"
             assert group.is_listed or not group.num_live, "a group with leaves is not listed"
             assert all(entry[0] == group.key for entry in listed), "a group is listed with an old key"
             if group is not self.common:
                 num_cached = sum(node.num_refs == 0 and node.group is group for node in nodes)
                 assert group.num_cached == num_cached, f"{group.num_cached} blocks counted in a group of {num_cached}"
-            _check_heap(group.heap)
             live += entries
-        _check_heap(self._groups)
+        self._groups.check_invariants()
         evictable = {node.sequence for node in nodes if node.is_evictable}
         assert len(live) == len(evictable) == self._num_live, "a leaf is in the heap twice, or not at all"
         assert {entry[3].sequence for entry in live} == evictable, "the heaps hold other nodes than the evictable ones"
@@ -278,36 +263,12 @@ class EvictionOrder:
         assert self.num_pinned == pinned, f"{self.num_pinned} pinned blocks counted, there are {pinned}"
 
     def _list(self, group: EvictionGroup) -> None:
-        if len(self._groups) > _MIN_COMPACTION + 2 * self._num_listed:
-            self._groups = [entry for entry in self._groups if entry[2] == entry[3].version and entry[3].is_listed]
-            heapq.heapify(self._groups)
-        heapq.heappush(self._groups, (group.key, group.sequence, group.version, group))
+        self._groups.push(group.key, group.sequence, group, self._num_listed)
         group.is_listed = True
         self._num_listed += 1
-
-    def _push_by_age(self, node: RadixNode) -> None:
-        assert self._by_age is not None
-        if len(self._by_age) > _MIN_COMPACTION + 2 * self._num_live:
-            self._by_age = [entry for entry in self._by_age if entry[2] == entry[3].stamp]
-            heapq.heapify(self._by_age)
-        heapq.heappush(self._by_age, (node.last_access, node.sequence, node.stamp, node))
 
     def _is_oldest(self, group: EvictionGroup) -> bool:
         """Whether the first leaf of `group` is the one that was used longest ago."""
         assert self._by_age is not None
-        while self._by_age[0][2] != self._by_age[0][3].stamp:
-            heapq.heappop(self._by_age)
-        return self._by_age[0][3] is _first_entry(group)[3]
-
-
-def _first_entry(group: EvictionGroup) -> _Entry:
-    """The leaf of a group that goes first. There must be one."""
-    while group.heap[0][2] != group.heap[0][3].stamp:
-        heapq.heappop(group.heap)
-        group.num_stale -= 1
-    return group.heap[0]
-
-
-def _check_heap(heap: list[_Entry] | list[tuple[Key, int, int, EvictionGroup]]) -> None:
-    for index in range(1, len(heap)):
-        assert heap[(index - 1) // 2][:3] <= heap[index][:3], "a heap is out of order"
+        oldest, first = self._by_age.first(), group.heap.first()
+        return oldest is not None and first is not None and oldest[3] is first[3]

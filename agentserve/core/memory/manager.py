@@ -208,7 +208,7 @@ class MemoryManager(BlockCache):
         del self._holdings[request_id]
         self._tree.touch(holding.path, holding.session)
         if self.residency is not None:
-            self.residency.released(holding.path)
+            self.residency.write_back.released(holding.path)
         for block_id in reversed(holding.private_block_ids()):
             self._pool.put(block_id)
         path, num_ready = holding.path, len(holding.path)
@@ -237,7 +237,7 @@ class MemoryManager(BlockCache):
             self.adapters.check_invariants()
         if self.residency is not None:
             self.residency.check_invariants()
-            used += self.residency.leaving_block_ids()
+            used += self.residency.write_back.leaving_block_ids()
         assert len(used) == len(set(used)), "a block has two owners"
         assert not any(self._pool.is_free(block_id) for block_id in used), "a block is free and in use"
         assert self.num_free_blocks + len(used) == self.num_blocks, "a block was lost"
@@ -270,15 +270,16 @@ class MemoryManager(BlockCache):
 
     def _register_pending(self, request_id: str, holding: Holding, token_ids: Sequence[int]) -> None:
         """Adds a pending node for each whole block of the prompt that is to be computed."""
-        size = self.block_size
-        for index in range(len(holding.path), len(token_ids) // size):
+        size, path, insert = self.block_size, holding.path, self._tree.insert
+        first, end, last_node = len(path), len(token_ids) // size, holding.last_node
+        for index in range(first, end):
             key = tuple(token_ids[index * size : (index + 1) * size])
-            if self._tree.child(holding.last_node, holding.salt, key) is not None:
+            if index == first and self._tree.child(last_node, holding.salt, key) is not None:
                 # Only the last block of a prompt of whole blocks can be there: it is computed again for its last
                 # token. Ours stays private unless that one is gone or still pending when ours is done.
                 return
-            node = self._tree.insert(holding.last_node, holding.salt, key, holding.block_ids[index], request_id)
-            holding.path.append(node)
+            last_node = insert(last_node, holding.salt, key, holding.block_ids[index], request_id)
+            path.append(last_node)
 
     def _publish_full(self, request_id: str, holding: Holding, token_ids: Sequence[int], num_full: int) -> None:
         """Publishes the blocks of a request up to `num_full`; nothing if their tokens are wrong."""

@@ -18,19 +18,19 @@ others (as in ScaleSim). A load that fails is a miss.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from agentserve.config import TieringConfig
 from agentserve.core.adapters import TransferOrder
-from agentserve.core.memory.copies import Copy, depth_of, runs_of
-from agentserve.core.memory.eviction import EvictionGroup, EvictionOrder, key_of
-from agentserve.core.memory.flush import FlushQueue
+from agentserve.core.memory.copies import Copy
+from agentserve.core.memory.eviction import EvictionGroup, EvictionOrder
 from agentserve.core.memory.load_queue import LoadQueue, LoadTask, Urgency
 from agentserve.core.memory.loads import BlockLoads, Load, LoadProgress, Place
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.memory.tiers import TierEntry, TierStore, child_id, content_id, root_id
+from agentserve.core.memory.write_back import WriteBack
 from agentserve.core.stats import TierStats
 from agentserve.core.transfers import Tier, TierContents, Transfer, TransferKind, TransferOutput
 
@@ -66,31 +66,29 @@ class Residency:
         """
         self.num_queued_tokens: Callable[[], int] = lambda: 0
         """Tokens that the device has to compute anyway, before anything that is decided now."""
-        self.num_leaving_blocks = 0
-        """Blocks of the device that are evicted and will be free when they have been copied."""
-        self.num_copying_blocks = 0
-        """Blocks of the device that are being copied and are not leaving: evicting them frees nothing at once."""
         self._config = config
         self._size = block_size
-        self._worth = order.worth
-        self._free_block = free_block
         self._recompute_ns = recompute_ns
         self._tiers = [TierStore(tier) for tier in config.tiers]
         order.on_rekey = self._rekeyed
-        self._outbound: dict[bytes, Copy] = {}
-        """Copies from the device, queued or under way."""
-        self._urgent: list[deque[Copy]] = [deque() for _ in self._tiers]
-        """For each tier, copies into it whose place somebody waits for."""
-        self._idle: deque[Copy] = deque()
-        """Copies into the first tier that nobody waits for."""
-        self._flush = FlushQueue(self._tiers, lambda count: self._is_worth(len(self._tiers) - 1, count, 0))
+        self._counts: list[Counter[str]] = [Counter() for _ in self._tiers]
+        self.write_back = WriteBack(
+            config,
+            block_size,
+            self._tiers,
+            self._counts,
+            worth=order.worth,
+            free_block=free_block,
+            is_worth=self._is_worth,
+            is_busy=lambda index: (index, False) in self._flying,
+        )
+        """What goes down."""
         self._loads = BlockLoads(self._tiers, config.max_transfer_blocks)
         self._queue = queue
         queue.add(self)
         self._flying: dict[tuple[int, bool], tuple[Transfer, list[Copy] | Load]] = {}
         """What each link (tier, goes up) is copying."""
         self._num_transfers = 0
-        self._counts: list[Counter[str]] = [Counter() for _ in self._tiers]
 
     @property
     def is_busy(self) -> bool:
@@ -100,7 +98,7 @@ class Residency:
     @property
     def is_freeing(self) -> bool:
         """Whether copies are under way that will free blocks of the device, or let them be evicted."""
-        return self.num_leaving_blocks + self.num_copying_blocks > 0
+        return self.write_back.num_leaving_blocks + self.write_back.num_copying_blocks > 0
 
     # ---- what is below ----
 
@@ -167,72 +165,6 @@ class Residency:
         """Cuts a load short. True if it is over now; False if it will be when the transfer under way is done."""
         return self._loads.abort(request_id)
 
-    # ---- what the device pool does ----
-
-    def released(self, path: Sequence[RadixNode]) -> None:
-        """A request or a lock lets go of these nodes: they have a new rating, and may be copied down."""
-        below = self._tiers[0]
-        fresh: list[RadixNode] = []
-        for node in path:
-            if not node.is_ready:
-                break
-            entry = below.find(content_id(node))
-            if entry is not None:
-                below.rate(entry, self._worth(node))
-            elif node.content_id not in self._outbound:
-                fresh.append(node)
-        if self._config.write_back == "incremental":
-            for run in runs_of(fresh):
-                if self._is_worth(0, len(run), depth_of(run[0]) * self._size):
-                    self._idle.extend(self._copy(node) for node in run)
-
-    def evicted(self, nodes: Sequence[RadixNode], *, may_wait: bool) -> None:
-        """Takes nodes that have left the tree, in that order. Their blocks are free now, or when they are copied.
-
-        `may_wait`: whoever needs the blocks can wait for that.
-        """
-        below = self._tiers[0]
-        fresh = []
-        for node in nodes:
-            found = content_id(node)
-            entry, copy = below.find(found), self._outbound.get(found)
-            if copy is not None and copy.source_id == node.block_id and not copy.is_leaving:
-                if copy.entry is not None:
-                    copy.is_leaving = True
-                    self.num_leaving_blocks += 1
-                    self.num_copying_blocks -= 1
-                    continue
-                copy.is_cancelled = True
-                del self._outbound[found]
-            elif entry is not None or copy is not None:
-                if entry is not None:
-                    below.rate(entry, self._worth(node))
-                self._free_block(node.block_id)
-                continue
-            fresh.append(node)
-        fresh.reverse()  # the end of a prefix is evicted before its beginning
-        for run in runs_of(fresh):
-            if may_wait and self._is_worth(0, len(run), depth_of(run[0]) * self._size):
-                for node in reversed(run):
-                    copy = self._copy(node)
-                    copy.is_leaving = True
-                    self._urgent[0].append(copy)
-                self.num_leaving_blocks += len(run)
-            else:
-                self._counts[0]["dropped"] += len(run)
-                for node in reversed(run):
-                    self._free_block(node.block_id)
-
-    def flush(self, cached: Iterable[RadixNode]) -> None:
-        """Begins to copy down all that the last tier lacks, if that outlives the engine: `cached` and what is below."""
-        self._flush.begin()
-        if self._flush.is_active:
-            below, last = self._tiers[0], len(self._tiers) - 1
-            fresh = [n for n in cached if below.find(content_id(n)) is None and n.content_id not in self._outbound]
-            for run in runs_of(fresh):
-                if self._is_worth(last, len(run), depth_of(run[0]) * self._size):
-                    self._idle.extend(self._copy(node) for node in run)
-
     # ---- transfers ----
 
     def start(self) -> list[TransferOrder]:
@@ -278,7 +210,7 @@ class Residency:
             counts["hit_blocks"] += progress.num_blocks
             return progress
         for copy in cargo:
-            self._stored(link[0], copy, output.error is None)
+            self.write_back.stored(link[0], copy, ok=output.error is None)
         return None
 
     def stats(self) -> tuple[TierStats, ...]:
@@ -289,15 +221,12 @@ class Residency:
         """Blocks in each tier, those included that are being written."""
         return tuple(store.num_used_blocks for store in self._tiers)
 
-    def leaving_block_ids(self) -> list[int]:
-        """The blocks of the device that are neither free nor in the tree. For checks."""
-        return [copy.source_id for copy in self._outbound.values() if copy.is_leaving]
-
     def check_invariants(self) -> None:
         """Raises AssertionError if a block is in two places or in none, or a lock belongs to no transfer."""
         locks = self._loads.locks()
         copies = [copy for _, cargo in self._flying.values() if isinstance(cargo, list) for copy in cargo]
-        copies += [copy for queue in self._urgent for copy in queue]
+        self.write_back.check_invariants(copies)
+        copies += self.write_back.urgent_copies()
         locks.update((c.origin[0], c.origin[1].content_id) for c in copies if c.origin is not None)
         for index, store in enumerate(self._tiers):
             store.check_invariants()
@@ -307,118 +236,23 @@ class Residency:
                 assert entry.num_refs == num_locks, f"{store.tier}: a block has {entry.num_refs} locks, not {num_locks}"
                 assert entry.is_ready != (entry.content_id in arriving), f"{store.tier}: a block arrives from nowhere"
         assert not locks, "a transfer reads a block that is gone"
-        live = [c for c in (*copies, *self._idle) if c.origin is None and not c.is_cancelled]
-        assert {id(c) for c in live} == {id(c) for c in self._outbound.values()}, "a copy from the device is lost"
-        assert self.num_leaving_blocks == len(self.leaving_block_ids()), "wrong count of leaving blocks"
-        num_copying = sum(c.entry is not None and not c.is_leaving for c in live)
-        assert self.num_copying_blocks == num_copying, "wrong count of blocks that are being copied"
 
-    # ---- down ----
+    # ---- parts of these ----
 
     def _rekeyed(self, group: EvictionGroup) -> None:
         for store in self._tiers:
             store.rekeyed(group)
 
-    def _copy(self, node: RadixNode) -> Copy:
-        assert node.parent is not None
-        copy = Copy(content_id(node), content_id(node.parent), self._worth(node), node.block_id, None)
-        self._outbound[copy.content_id] = copy
-        return copy
-
     def _start_store(self, index: int) -> Transfer | None:
         if (index, False) in self._flying:
             return None
-        copies: list[Copy] = []
-        queues = (self._urgent[0], self._idle) if index == 0 else (self._urgent[index],)
-        for queue in queues:
-            while queue and len(copies) < self._config.max_transfer_blocks:
-                if not self._admit_copy(index, queue[0], copies):
-                    return self._fly_store(index, copies)
-                queue.popleft()
-        if self._flush.is_active and index == len(self._tiers) - 1:
-            self._flush.fill(copies, self._config.max_transfer_blocks, lambda key: self._make_room(index, key, False))
-        return self._fly_store(index, copies)
-
-    def _admit_copy(self, index: int, copy: Copy, copies: list[Copy]) -> bool:
-        """Puts a copy among those that start now, or gives it up; False if it has to wait for a slot."""
-        store = self._tiers[index]
-        # Copies into further tiers start from an only device or host copy; transfers from two sources are not mixed.
-        if copies and (copies[0].origin is None) != (copy.origin is None):
-            return False
-        if copy.is_cancelled:
-            return True
-        forced = copy.is_leaving or copy.origin is not None
-        fits = self._make_room(index, key_of(copy.worth), forced)
-        if fits is None:
-            return False
-        if fits:
-            copy.entry = store.insert(copy.content_id, copy.parent_id, copy.worth)
-            self.num_copying_blocks += not forced
-            copies.append(copy)
-        else:
-            del self._outbound[copy.content_id]
-        return True
-
-    def _fly_store(self, index: int, copies: list[Copy]) -> Transfer | None:
+        copies = self.write_back.take(index)
         if not copies:
             return None
         origin = copies[0].origin
         source = Tier.DEVICE if origin is None else self._tiers[origin[0]].tier
         ids = [(copy.source_id, copy.entry.slot, copy.entry) for copy in copies if copy.entry is not None]
         return self._fly(index, source, ids, copies)
-
-    def _stored(self, index: int, copy: Copy, ok: bool) -> None:
-        assert copy.entry is not None
-        if ok:
-            self._tiers[index].arrived(copy.entry)
-            self._flush.arrived(copy.content_id)
-        else:
-            self._tiers[index].discard(copy.entry)
-        if copy.origin is not None:
-            tier, entry = copy.origin
-            self._tiers[tier].release(entry)
-            if not ok:
-                self._tiers[tier].discard_idle(entry)  # it was about to leave; trying again might never end
-            return
-        del self._outbound[copy.content_id]
-        if copy.is_leaving:
-            self.num_leaving_blocks -= 1
-            self._free_block(copy.source_id)
-        else:
-            self.num_copying_blocks -= 1
-
-    def _make_room(self, index: int, key: tuple[float, ...], forced: bool) -> bool | None:
-        """Whether a block of this worth gets a slot: None if it has to wait, False if all that is there is worth more.
-
-        `forced`: it gets one in any case.
-        """
-        store, below = self._tiers[index], index + 1
-        while not store.num_free_blocks:
-            victim = store.victim()
-            if victim is None:
-                return None
-            if not forced and victim.key >= key:
-                return False
-            num_waiting = len(self._urgent[index]) + (len(self._idle) if index == 0 else 0)
-            run = store.run_above(victim, min(self._config.max_transfer_blocks, num_waiting))
-            if below == len(self._tiers) or self._tiers[below].find(victim.content_id) is not None:
-                store.discard(victim)
-            elif self._urgent[below] or (below, False) in self._flying:
-                return None
-            elif not self._is_worth(below, len(run), 0):
-                self._counts[below]["dropped"] += 1
-                store.discard(victim)
-            else:
-                for entry in run:
-                    if self._tiers[below].find(entry.content_id) is not None:
-                        break
-                    store.acquire(entry)
-                    down = Copy(entry.content_id, entry.parent_id, entry.worth, entry.slot, (index, entry))
-                    self._urgent[below].append(down)
-                return None
-        return True
-
-    # ---- both ----
 
     def _fly(
         self, index: int, source: Tier, ids: list[tuple[int, int, TierEntry]], cargo: list[Copy] | Load

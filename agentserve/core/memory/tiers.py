@@ -7,21 +7,19 @@ its end). So a block is found again whatever happened to its neighbours, and ids
 from __future__ import annotations
 
 import hashlib
-import heapq
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from agentserve.config import TierConfig
 from agentserve.core.memory.block import BlockPool
-from agentserve.core.memory.eviction import EvictionGroup, Worth, key_of
+from agentserve.core.memory.eviction import EvictionGroup, Key, Worth, key_of
+from agentserve.core.memory.lazy_heap import LazyHeap
 from agentserve.core.memory.radix import RadixNode
 from agentserve.core.stats import TierStats
 from agentserve.core.transfers import StoredBlock, Tier
 
 _DIGEST_BYTES = 16
-_MIN_COMPACTION = 64
-"""Below this many stale heap entries it is not worth cleaning up."""
 
 
 def root_id(salt: str | None) -> bytes:
@@ -69,7 +67,7 @@ class TierEntry:
         self.num_refs = 0
         """Transfers, under way or queued, that read it."""
         self.stamp = 0
-        """Heap entries with another number are stale."""
+        """Heap entries with another number are outdated."""
 
 
 class TierStore:
@@ -86,8 +84,8 @@ class TierStore:
         self._entries: dict[bytes, TierEntry] = {}
         self._num_children: Counter[bytes] = Counter()
         """Entries directly behind a block, whether that one is here or not."""
-        self._heap: list[tuple[tuple[float, ...], int, int, TierEntry]] = []
-        self._num_stale = 0
+        self._heap: LazyHeap[Key, TierEntry] = LazyHeap()
+        self._num_listed = 0
         self._leaves: dict[EvictionGroup, dict[TierEntry, None]] = {}
         """The entries in the heap, by their groups."""
         self._last_sequence = 0
@@ -183,14 +181,11 @@ class TierStore:
 
     def victim(self) -> TierEntry | None:
         """The block that leaves next; None if every block is arriving, being read, or before such a block."""
-        while self._heap:
-            key, _, stamp, entry = self._heap[0]
-            if stamp == entry.stamp:
-                assert key == entry.key, "a block was rated while it was listed"
-                return entry
-            heapq.heappop(self._heap)
-            self._num_stale -= 1
-        return None
+        first = self._heap.first()
+        if first is None:
+            return None
+        assert first[0] == first[3].key, "a block was rated while it was listed"
+        return first[3]
 
     def run_above(self, victim: TierEntry, limit: int) -> list[TierEntry]:
         """The victim and the blocks before it that can leave once those behind them have left; at most `limit`."""
@@ -226,10 +221,11 @@ class TierStore:
         assert len(slots) + self._pool.num_free == self.num_blocks, f"{self.tier}: a slot was lost"
         children = Counter(entry.parent_id for entry in self._entries.values())
         assert children == self._num_children, f"{self.tier}: wrong counts of children"
-        live = [entry for _, _, stamp, entry in self._heap if stamp == entry.stamp]
+        self._heap.check_invariants()
+        live = [entry[3] for entry in self._heap.current()]
         evictable = {entry.sequence for entry in self._entries.values() if self._is_evictable(entry)}
         assert sorted(entry.sequence for entry in live) == sorted(evictable), f"{self.tier}: the heap is wrong"
-        assert len(self._heap) - len(live) == self._num_stale, f"{self.tier}: wrong count of stale heap entries"
+        assert len(live) == self._num_listed, f"{self.tier}: wrong count of listed blocks"
         leaves = [leaf for leaves in self._leaves.values() for leaf in leaves]
         assert {id(leaf) for leaf in leaves} == {id(entry) for entry in live if entry.worth[0] is not None}
         assert all(entry.key == key_of(entry.worth) for entry in live), f"{self.tier}: an entry has an old key"
@@ -241,21 +237,18 @@ class TierStore:
         """Puts an entry into the heap if it can leave now. It must not be there."""
         if not self._is_evictable(entry):
             return
-        if self._num_stale > _MIN_COMPACTION and 2 * self._num_stale > len(self._heap):
-            self._heap = [item for item in self._heap if item[2] == item[3].stamp]
-            heapq.heapify(self._heap)
-            self._num_stale = 0
         entry.key = key_of(entry.worth)
-        heapq.heappush(self._heap, (entry.key, entry.sequence, entry.stamp, entry))
+        self._heap.push(entry.key, entry.sequence, entry, self._num_listed)
+        self._num_listed += 1
         group = entry.worth[0]
         if group is not None:
             self._leaves.setdefault(group, {})[entry] = None
 
     def _unlist(self, entry: TierEntry) -> None:
-        """Makes the entry's place in the heap stale, if it has one; called before it changes."""
+        """Makes the entry's place in the heap outdated, if it has one; called before it changes."""
         if self._is_evictable(entry):
             entry.stamp += 1
-            self._num_stale += 1
+            self._num_listed -= 1
             group = entry.worth[0]
             if group is not None:
                 leaves = self._leaves[group]

@@ -57,6 +57,8 @@ class Scheduler(Books, ABC):
 
     def _fill(self, now_ns: int, events: list[EngineEvent], batches: list[Batch]) -> None:
         chunks = self._compose(now_ns, events)
+        if not any(chunks.values()):
+            return
         num_started = sum([bool(lane_chunks) and lane not in self.in_flight for lane, lane_chunks in chunks.items()])
         co_running = len(self.in_flight) + num_started == _NUM_LANES
         partition = self._co_partition() if co_running else self._table.whole
@@ -76,8 +78,7 @@ class Scheduler(Books, ABC):
             if lane in self.in_flight:
                 self.ahead = batch
             else:
-                self.in_flight[lane] = batch
-                self._observer.started(batch, now_ns)
+                self._begin(batch, now_ns)
             events.append(BatchScheduled(now_ns, batch))
             batches.append(batch)
 
@@ -177,10 +178,9 @@ class Scheduler(Books, ABC):
         if self._config.decode_lookahead < 2 or self.ahead is not None or head is None:
             return False
         if self._last_continuable[0] != head.batch_id:
-            continuable = all(
-                c.sample is not None and not c.sample.history and not c.sample.params.constrained for c in head.chunks
-            )
-            self._last_continuable = (head.batch_id, continuable)
+            specs = [chunk.sample for chunk in head.chunks]
+            hinders = [spec is None or bool(spec.history) or spec.params.constrained for spec in specs]
+            self._last_continuable = (head.batch_id, True not in hinders)
         return self._last_continuable[1]
 
     def _continued(self) -> list[ScheduledChunk]:
@@ -189,18 +189,19 @@ class Scheduler(Books, ABC):
         Who reaches a limit with that token is left out. Who turns out to have stopped with it computes in vain.
         """
         befores = {chunk.request_id: chunk for chunk in self.in_flight[_DECODE].chunks}
+        limit = self._config.max_model_len - 1
         chunks = []
         for request in self.running:
             before = befores.get(request.request_id)
             if before is None or request.finish_after_flight is not None:
                 continue
-            assert before.sample is not None
-            index, end = before.sample.output_index + 1, before.end
+            spec, end = before.sample, before.start + len(before.token_ids)
+            assert spec is not None
             # With the token that is being sampled there are `end + 1`.
-            if index >= request.sampling.max_tokens or end + 1 >= self._config.max_model_len:
+            if spec.output_index + 1 >= request.sampling.max_tokens or end >= limit:
                 continue
-            if self._has_blocks(request, end + 1):
-                chunks.append(pending_chunk(request, before))
+            if end < request.num_block_tokens or self._has_blocks(request, end + 1):
+                chunks.append(pending_chunk(request, spec, end))
         return chunks
 
     def _prefilling(self) -> list[Request]:

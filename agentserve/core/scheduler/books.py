@@ -54,7 +54,8 @@ class Books:
         """How the device is shared at present, if a controller decides that."""
         self.shape_batch: Callable[[OpenPrompts], int] | None = None
         """How many tokens of prompts a batch is to read, if a policy has a say in that."""
-        self._observer = LaneObserver()
+        self._observer = None if controller is None else LaneObserver()
+        """What the controller is told of; nobody else asks."""
         self._waits_for: dict[str, str] = {}
         """Waiting request -> the request that computes the prefix it needs; asked again when that one moves on."""
         self._refused: tuple[str, int, int, int] | None = None
@@ -90,16 +91,22 @@ class Books:
         Returns the requests of the batch that follows it in the lane, if one was made ahead: they stay in flight.
         """
         batch = self.in_flight.pop(output.lane)
-        observation = self._observer.finished(batch, output)
+        if self._observer is not None and self._controller is not None:
+            observation = self._observer.finished(batch, output)
+            if output.error is None:
+                self._controller.observe(observation)
         still_flying: frozenset[str] = frozenset()
         if output.lane is _DECODE and self.ahead is not None:
-            self.in_flight[_DECODE] = self.ahead
-            self._observer.started(self.ahead, output.finished_ns)
+            self._begin(self.ahead, output.finished_ns)
             self.ahead = None
             still_flying = frozenset([chunk.request_id for chunk in self.in_flight[_DECODE].chunks])
-        if output.error is None and self._controller is not None:
-            self._controller.observe(observation)
         return still_flying
+
+    def _begin(self, batch: Batch, now_ns: int) -> None:
+        """A lane runs this batch now."""
+        self.in_flight[batch.lane] = batch
+        if self._observer is not None:
+            self._observer.started(batch, now_ns)
 
     def drained(self, request_id: str) -> None:
         """A batch is done that was made for a request before it ended."""

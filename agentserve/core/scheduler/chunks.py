@@ -9,6 +9,7 @@ from agentserve.core.classify import classify
 from agentserve.core.request import Request, WorkClass
 
 _DECODE = WorkClass.DECODE  # looking up a member of an enumeration costs as much as a call
+_PENDING = (PENDING_TOKEN,)
 
 
 def decode_chunks(requests: Iterable[Request]) -> list[ScheduledChunk]:
@@ -27,12 +28,10 @@ def decode_chunks(requests: Iterable[Request]) -> list[ScheduledChunk]:
     return chunks
 
 
-def pending_chunk(request: Request, before: ScheduledChunk) -> ScheduledChunk:
-    """The token that will be sampled behind `before`."""
-    assert before.sample is not None
-    spec = SampleSpec(request.sampling, before.sample.output_index + 1, (), request.num_prompt_tokens)
-    slot = request.adapter_slot
-    return ScheduledChunk(request.request_id, _DECODE, before.end, (PENDING_TOKEN,), request.block_ids, spec, slot)
+def pending_chunk(request: Request, before: SampleSpec, start: int) -> ScheduledChunk:
+    """The token at position `start`, which will be sampled as `before` says, and the next one behind it."""
+    spec = SampleSpec(before.params, before.output_index + 1, (), before.num_prompt_tokens)
+    return ScheduledChunk(request.request_id, _DECODE, start, _PENDING, request.block_ids, spec, request.adapter_slot)
 
 
 def prompt_chunk(

@@ -39,10 +39,13 @@ class LaneObserver:
         del self._running_since[lane]
         other = _DECODE if lane is _PREFILL else _PREFILL
         duration_ns = max(1, output.finished_ns - output.started_ns)
-        share = self._overlap_ns(other, output.started_ns, output.finished_ns) / duration_ns
-        # Nothing that the other lane starts from now on can overlap what ended before.
-        self._past[other].clear()
-        if other in self._running_since:
+        spans, is_other_busy = self._past[other], other in self._running_since
+        share = 0.0
+        if spans or is_other_busy:  # else there is nothing to add up, which is the usual case
+            share = self._overlap_ns(other, output.started_ns, output.finished_ns) / duration_ns
+            # Nothing that the other lane starts from now on can overlap what ended before.
+            spans.clear()
+        if is_other_busy:
             self._past[lane].append((output.started_ns, output.finished_ns))
         else:
             self._past[lane].clear()

@@ -86,8 +86,7 @@ class RunScheduler(Scheduler):
         if len(plan.batches) == 1:
             return run
         ahead = run.batch(num_steps)
-        self.in_flight[_DECODE] = ahead
-        self._observer.started(ahead, ends[-1])
+        self._begin(ahead, ends[-1])
         return dataclasses.replace(run, in_flight=ahead)
 
     # ---- what schedulers differ in ----
@@ -106,7 +105,8 @@ class RunScheduler(Scheduler):
         and the next batch must be made as in a single step.
         """
         num_batches = self._agree(batch, shape, started_ns, ends_ns)
-        self._observer.continued(started_ns, ends_ns[:num_batches])
+        if self._observer is not None:
+            self._observer.continued(started_ns, ends_ns[:num_batches])
         return num_batches
 
     def _agree(self, batch: Batch, shape: BatchShape, started_ns: int, ends_ns: Sequence[int]) -> int:  # noqa: ARG002

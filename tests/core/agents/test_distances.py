@@ -338,7 +338,7 @@ def test_an_urgent_load_goes_before_the_rest_of_a_prefetch() -> None:
     assert cached(driver, "g") == 16
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), threshold=st.sampled_from([0.0, 2.0, 50.0]), share=st.booleans())
 def test_whatever_the_distances_outputs_are_the_same_and_nothing_is_lost(
     seed: int, threshold: float, share: bool

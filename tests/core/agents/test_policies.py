@@ -71,7 +71,7 @@ def run(driver: VirtualDriver) -> list[Any]:
     return results
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seat=st.sampled_from(SEATS), seed=st.integers(0, 10**6), named=st.booleans(), lookahead=st.sampled_from([1, 2]))
 def test_whatever_the_policy_says_all_calls_end_and_nothing_is_lost(
     seat: dict[str, str], seed: int, named: bool, lookahead: int

@@ -20,7 +20,7 @@ def leaf(tree: RadixTree, number: int, group: EvictionGroup) -> RadixNode:
     return node
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.sampled_from("alruue"), st.integers(0, NUM_GROUPS - 1), st.integers(0, 5)), max_size=120))
 def test_victims_are_those_of_a_sorted_model(operations: list[tuple[str, int, int]]) -> None:
     tree = RadixTree(1)

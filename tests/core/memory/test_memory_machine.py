@@ -211,5 +211,5 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory.check_invariants()
 
 
-MemoryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+MemoryMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40)
 test_manager_agrees_with_the_naive_model = MemoryMachine.TestCase

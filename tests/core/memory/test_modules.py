@@ -301,4 +301,4 @@ class AdapterMachine(RuleBasedStateMachine):
 
 
 TestAdapterMachine = AdapterMachine.TestCase
-TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestAdapterMachine.settings = settings(max_examples=60, stateful_step_count=60)

@@ -276,5 +276,5 @@ class TierMachine(RuleBasedStateMachine):
         self.memory.check_invariants()
 
 
-TierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TierMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 test_nothing_is_lost_between_tiers = TierMachine.TestCase

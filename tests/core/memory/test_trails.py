@@ -45,7 +45,7 @@ OPERATIONS = st.lists(
 
 
 @pytest.mark.parametrize("min_blocks", [1, 3])
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(operations=OPERATIONS, num_blocks=st.sampled_from([12, 24, 200]))
 def test_a_memory_with_trails_is_one_without(min_blocks: int, operations: list[Any], num_blocks: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

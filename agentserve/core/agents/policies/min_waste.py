@@ -22,6 +22,8 @@ from agentserve.core.agents.policy import (
 from agentserve.core.agents.registry import MAX_SESSIONS, AgentRegistry, Session
 from agentserve.core.memory.eviction import Key
 
+_SUBMITTED, _ADMITTED, _FINISHED = TurnKind.SUBMITTED, TurnKind.ADMITTED, TurnKind.FINISHED
+
 
 def preserve_waste(gap_ns: float, context_tokens: int) -> float:
     """Memory times time that nobody uses while a context is kept: token nanoseconds."""
@@ -51,6 +53,7 @@ class MinWaste(Policy):
     """
 
     name: ClassVar[str] = "min_waste"
+    pins: ClassVar[bool] = True
 
     def __init__(
         self, registry: AgentRegistry, costs: ForwardCosts, swap_ns: Callable[[int], float] | None = None
@@ -66,17 +69,17 @@ class MinWaste(Policy):
         self._actions: list[Action] = []
 
     def observe(self, event: TurnEvent) -> None:
-        session, request_id = event.session, event.request.request_id
-        if event.kind is TurnKind.ADMITTED:
+        kind, session, request_id = event.kind, event.session, event.request.request_id
+        if kind is _ADMITTED:
             num_tokens = len(event.request.token_ids)
             self._running[request_id] = num_tokens
             self._running_tokens += num_tokens
-        elif event.kind is TurnKind.SUBMITTED:
+        elif kind is _SUBMITTED:
             self._given_up.pop(session.session_id, None)
         else:
             self._running_tokens -= self._running.pop(request_id, 0)
-        if event.kind is TurnKind.FINISHED and session.is_idle:
-            self._decide(session, event.at_ns)
+            if kind is _FINISHED and session.idle_since_ns is not None:
+                self._decide(session, event.at_ns)
 
     def tool_called(self, session: Session, now_ns: int) -> None:
         self._given_up.pop(session.session_id, None)
@@ -87,20 +90,22 @@ class MinWaste(Policy):
         if forecast is None:
             return
         gap_ns, context = forecast.next_use_ns - now_ns, session.context_tokens
-        discard = discard_waste(self._costs, context, self._running_tokens, len(self._running))
-        # Copies run beside the computation, so all that they cost is the memory of what is on its way.
-        swap = math.inf if self._swap_ns is None else self._swap_ns(context) * context
-        preserve = preserve_waste(gap_ns, context)
         if session.pinned_until_ns is not None:
             self._actions.append(Pin(session, now_ns))  # as was decided before the tool was known
-        if math.isfinite(gap_ns) and preserve <= min(discard, swap):
-            self._actions.append(Pin(session, math.ceil(forecast.next_use_ns)))
-        elif math.isfinite(gap_ns) and swap < discard:
-            self._actions.append(Demote(session))
-        else:
-            self._given_up[session.session_id] = None
-            if len(self._given_up) > MAX_SESSIONS:
-                del self._given_up[next(iter(self._given_up))]
+        if gap_ns < math.inf:
+            discard = discard_waste(self._costs, context, self._running_tokens, len(self._running))
+            # Copies run beside the computation, so all that they cost is the memory of what is on its way.
+            swap = math.inf if self._swap_ns is None else self._swap_ns(context) * context
+            preserve = preserve_waste(gap_ns, context)
+            if preserve <= discard and preserve <= swap:
+                self._actions.append(Pin(session, math.ceil(forecast.next_use_ns)))
+                return
+            if swap < discard:
+                self._actions.append(Demote(session))
+                return
+        self._given_up[session.session_id] = None
+        if len(self._given_up) > MAX_SESSIONS:
+            del self._given_up[next(iter(self._given_up))]
 
     def score(self, session: Session, now_ns: int) -> Key:
         return (0 if session.session_id in self._given_up else 1, session.last_used_ns)

@@ -16,6 +16,8 @@ from agentserve.core.request import Request
 
 MAX_WAITING_RATIO = 4.0
 """A program that has waited this many times as long as it was served goes to the front, and starts anew."""
+_NEVER = (0, 0)
+_SUBMITTED, _PREEMPTED = TurnKind.SUBMITTED, TurnKind.PREEMPTED
 
 
 class Plas(Policy):
@@ -37,19 +39,23 @@ class Plas(Policy):
         self._waiting: dict[str, tuple[int, Program]] = {}
 
     def observe(self, event: TurnEvent) -> None:
-        request, program = event.request, event.session.program
-        if event.kind in (TurnKind.SUBMITTED, TurnKind.PREEMPTED):
-            attained_ns, waited_ns = self._since_front(program)
-            patience_ns = int(MAX_WAITING_RATIO * attained_ns) - waited_ns
+        kind, request_id = event.kind, event.request.request_id
+        if kind is _SUBMITTED or kind is _PREEMPTED:
+            program = event.session.program
+            attained_ns, patience_ns = self._state(program)
             if attained_ns > 0:
                 due_ns = event.at_ns + max(0, patience_ns)
-                self._waiting[request.request_id] = (due_ns, program)
-                heapq.heappush(self._due, (due_ns, request.sequence, request.request_id))
+                self._waiting[request_id] = (due_ns, program)
+                heapq.heappush(self._due, (due_ns, event.request.sequence, request_id))
             return
-        self._waiting.pop(request.request_id, None)
+        self._waiting.pop(request_id, None)
 
     def order_key(self, session: Session, request: Request, now_ns: int) -> Key:
-        return (self._since_front(session.program)[0],)
+        attained_ns, patience_ns = self._state(session.program)
+        if attained_ns > 0 and patience_ns <= 0:
+            self._move_to_front(session.program)
+            return (0,)
+        return (attained_ns,)
 
     def act(self, now_ns: int) -> Iterable[Action]:
         actions = []
@@ -59,9 +65,7 @@ class Plas(Policy):
             if found is None or found[0] != due_ns:
                 continue
             del self._waiting[request_id]
-            program = found[1]
-            self._has_moved = True
-            self._offsets[program] = (program.attained_ns, program.waited_ns)
+            self._move_to_front(found[1])
             actions.append(Reprioritize(request_id, (0,)))
         return actions
 
@@ -74,9 +78,15 @@ class Plas(Policy):
             heapq.heappop(self._due)
         return None
 
-    def _since_front(self, program: Program) -> tuple[int, int]:
-        """Service and waiting of a program since it was moved to the front last: nanoseconds."""
-        if not self._has_moved:
-            return program.attained_ns, program.waited_ns
-        attained_ns, waited_ns = self._offsets.get(program, (0, 0))
-        return program.attained_ns - attained_ns, program.waited_ns - waited_ns
+    def _move_to_front(self, program: Program) -> None:
+        self._has_moved = True
+        self._offsets[program] = (program.attained_ns, program.waited_ns)
+
+    def _state(self, program: Program) -> tuple[int, int]:
+        """The service of a program since it was moved to the front last, and for how long it waits until it is the next
+        time: nanoseconds."""
+        attained_ns, waited_ns = program.attained_ns, program.waited_ns
+        if self._has_moved:
+            before_attained_ns, before_waited_ns = self._offsets.get(program, _NEVER)
+            attained_ns, waited_ns = attained_ns - before_attained_ns, waited_ns - before_waited_ns
+        return attained_ns, int(MAX_WAITING_RATIO * attained_ns) - waited_ns

@@ -121,17 +121,17 @@ class Transition(Policy):
         """Agents whose anchors are worth something else now, in order."""
 
     def observe(self, event: TurnEvent) -> None:
-        session, request = event.session, event.request
+        kind, session, request = event.kind, event.session, event.request
         agent = session.agent_key or session.session_id
         self._has_news = True
-        if event.kind is TurnKind.SUBMITTED:
+        if kind is TurnKind.SUBMITTED:
             self._wait(request, agent)
             self._called(session, agent, request)
-        elif event.kind is TurnKind.PREEMPTED:
+        elif kind is TurnKind.PREEMPTED:
             self._wait(request, agent)
         else:
             self._wait_no_more(request)
-            if event.kind is TurnKind.FINISHED:
+            if kind is TurnKind.FINISHED:
                 self._finished(session, agent, request)
 
     def score(self, session: Session, now_ns: int) -> Key:

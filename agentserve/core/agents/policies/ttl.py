@@ -20,6 +20,7 @@ The paper waits for 100, which a few local agents never reach."""
 DEFAULT_TTL_NS = 2_000_000_000
 """What the released code pins for."""
 _MAX_DELAYS = 100
+_ADMITTED, _FINISHED = TurnKind.ADMITTED, TurnKind.FINISHED
 
 
 class Memoryfulness:
@@ -54,11 +55,11 @@ class Ttl(Policy):
     """Pins a session's private blocks when a turn ends, for the time that pays best for the tool that runs then.
 
     The benefit of being in time is a prefill less and, since a session without its blocks queues again, the average
-    delay in the queue times the memoryfulness. The pins of sessions that came last yield first. One is pinned in
-    a step of the engine; when several turns have ended, the others are at once, in steps of their own.
+    delay in the queue times the memoryfulness. The pins of sessions that came last yield first.
     """
 
     name: ClassVar[str] = "ttl"
+    pins: ClassVar[bool] = True
 
     def __init__(self, registry: AgentRegistry, costs: ForwardCosts) -> None:
         self._registry = registry
@@ -67,18 +68,18 @@ class Ttl(Policy):
         self._delay_sum_ns = 0
         self._memoryfulness = Memoryfulness()
         self._idle: dict[Session, None] = {}
-        """Sessions whose time to live is to be set, in order."""
+        """Sessions whose time to live is to be set before anything is admitted, in order."""
         self._stale: GapSamples | None = None
         """Of which the times to live are to be worked out anew, in steps of their own."""
 
     def observe(self, event: TurnEvent) -> None:
-        session = event.session
-        if event.kind is TurnKind.ADMITTED:
+        kind, session = event.kind, event.session
+        if kind is _ADMITTED:
             self._delays.append(event.lasted_ns)
             self._delay_sum_ns += event.lasted_ns
             if len(self._delays) > _MAX_DELAYS:
                 self._delay_sum_ns -= self._delays.popleft()
-        elif event.kind is TurnKind.FINISHED and session.idle_since_ns is not None:
+        elif kind is _FINISHED and session.idle_since_ns is not None:
             if session.is_last_turn:
                 self._memoryfulness.add(session.program.num_turns)
             else:
@@ -112,15 +113,17 @@ class Ttl(Policy):
 
     @property
     def is_behind(self) -> bool:
-        return bool(self._idle) or self._stale is not None
+        return self._stale is not None
 
     def act(self, now_ns: int) -> Iterable[Action]:
         if self._idle:
-            session = next(iter(self._idle))
-            del self._idle[session]
-            # It may have called meanwhile, and a pin that was set before its tool was known may end now.
-            if session.idle_since_ns is not None:
-                return (Pin(session, session.idle_since_ns + self.ttl_ns(session)),)
+            idle, self._idle = self._idle, {}
+            # One may have called meanwhile, and a pin that was set before its tool was known may end now.
+            return [
+                Pin(session, session.idle_since_ns + self.ttl_ns(session))
+                for session in idle
+                if session.idle_since_ns is not None
+            ]
         if self._stale is not None and self._stale.refresh_more():
             self._stale = None
         return ()
