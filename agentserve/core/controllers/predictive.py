@@ -12,8 +12,8 @@ the end of a batch that is running.
 A longer chunk never makes a batch shorter, so not every option has to be looked at; the plan is the same.
 
 Predictions are corrected by what was measured, per way of sharing. A change of partition must promise more than the
-hysteresis, and what is to be taken instead of a split half of it: in a split the lanes disturb each other least, so its
-prediction is the safest.
+hysteresis, and so must whatever is to be taken instead of a split: in a split the lanes disturb each other least, so
+its prediction is the safest.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ _MAX_AGE = 8
 """Decisions for which a plan is kept while the work stays alike."""
 _CONTEXT_STEP = 256
 """A plan is kept while the context of the decodes grows by less than this per sequence."""
-_SPLIT_MARGIN = 0.5
-"""What is taken instead of a split must promise this share of the hysteresis more."""
 _UNDECIDED = -1
 """A budget that is not needed to compare an option with others."""
 
@@ -190,15 +188,12 @@ class PredictiveController:
         alike = [option for option in options if self._is_alike(option, best, merit)]
         present = [option for option in alike if self._is_present(option.decision.partition)]
         splits = [option for option in alike if option.decision.partition.kind is _SPLIT]
-        splits = [option for option in splits if self._is_alike(option, best, merit, _SPLIT_MARGIN)]
         return min(present or splits or [best], key=merit)
 
-    def _is_alike(self, option: Option, best: Option, merit: Merit, share: float = 1.0) -> bool:
-        """Whether an option has less merit than the best one by no more than this share of the hysteresis."""
+    def _is_alike(self, option: Option, best: Option, merit: Merit) -> bool:
+        """Whether an option has hardly less merit than the best one."""
         most_missed = merit(best)[0] * (1.0 + self._hysteresis / 2)
-        return merit(option)[0] <= most_missed and merit.gain(option) > merit.gain(best) / (
-            1.0 + self._hysteresis * share
-        )
+        return merit(option)[0] <= most_missed and merit.gain(option) > merit.gain(best) / (1.0 + self._hysteresis)
 
     def _is_present(self, partition: SlotPartition) -> bool:
         return self._plan is not None and partition == self._plan.decision.partition
@@ -261,7 +256,7 @@ class PredictiveController:
         # What is in place is looked at first: it will mostly be the best again, and then others are soon beaten.
         order = range(len(self._ways)) if present is None else (present, *range(len(self._ways)))
         # Only splits, and what is in place, are ever chosen with less merit than the best one.
-        for margin, indices in ((0.0, order), (self._hysteresis * _SPLIT_MARGIN, self._splits)):
+        for margin, indices in ((0.0, order), (self._hysteresis, self._splits)):
             if margin and present is not None and merit.weighs_delay and best is not None:
                 kept = options.get(present)
                 if kept is not None and kept.prefill_rate >= floor and self._is_alike(kept, best, merit):

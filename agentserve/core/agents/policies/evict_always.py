@@ -11,7 +11,7 @@ from agentserve.core.agents.policy import Action, Drop, Policy, TurnEvent, TurnK
 from agentserve.core.agents.registry import Session
 from agentserve.core.memory.eviction import Key
 
-MAX_BLOCKS = 6
+MAX_BLOCKS = 4
 """That are freed in one step of the engine."""
 
 

@@ -112,7 +112,6 @@ class Transition(Policy):
         """Calls that wait, and their agents."""
         self._num_waiting: Counter[str] = Counter()
         self._answers = AnswerReuse()
-        self._actions: list[Action] = []
         self._work: deque[Iterator[Action | None]] = deque()
         """What is still to be done about calls, in pieces: with what each of them wants done."""
         self._has_news = False
@@ -164,21 +163,18 @@ class Transition(Policy):
         return bool(self._work or self._anchors)
 
     def act(self, now_ns: int) -> Iterable[Action]:
-        actions, self._actions = self._actions, []
         if self._has_news:
             self._has_news = False
         elif self._anchors:
-            for agent in list(itertools.islice(self._anchors, _MAX_ANCHORS)):
+            agents = list(itertools.islice(self._anchors, _MAX_ANCHORS))
+            for agent in agents:
                 del self._anchors[agent]
-                actions.append(RescoreAnchor(agent))
+            return [RescoreAnchor(agent) for agent in agents]
         elif self._work:
             for action in self._work[0]:
-                if action is not None:
-                    actions.append(action)
-                break
-            else:
-                self._work.popleft()
-        return actions
+                return () if action is None else (action,)
+            self._work.popleft()
+        return ()
 
     # ---- what happens ----
 
@@ -216,15 +212,10 @@ class Transition(Policy):
 
     def _finished(self, session: Session, agent: str, request: Request) -> None:
         task = self._tasks.get(session.program)
-        if not self._answers.come_back(agent):
-            self._actions.append(Supersede(session, request.num_prompt_tokens))
-        self._answers.answered(session, request)
-        if task is None:
-            return
-        if session.is_last_turn:
+        if task is not None and session.is_last_turn:
             self._end(session.program)
-        elif self._prefetches:
-            self._warm(task)
+            task = None
+        self._work.append(self._leave(task, session, agent, request))
 
     # ---- where tasks stand ----
 
@@ -244,6 +235,16 @@ class Transition(Policy):
         for _ in task.progress.refresh():
             yield None
         yield from self._move(task, task.progress.indices)
+
+    def _leave(self, task: _Task | None, session: Session, agent: str, request: Request) -> Iterator[Action | None]:
+        """What follows from the end of a call. `task`: unless it has ended."""
+        self._answers.answered(session, request)
+        if not self._answers.come_back(agent):
+            yield Supersede(session, request.num_prompt_tokens)
+        likely = self._expected(task) if task is not None and self._prefetches else None
+        # Equation 11: only if the present agent tells enough about the next one.
+        if likely is not None and likely.is_idle and self.transitions.entropy_reduction >= MIN_ENTROPY_REDUCTION:
+            yield Prefetch(likely, 1.0)
 
     def _over(self, task: _Task) -> Iterator[Action | None]:
         """What follows from the end of a task."""
@@ -284,12 +285,6 @@ class Transition(Policy):
         """The session of the agent that most likely calls next in a task, equation 10, if it has one there already."""
         agent = self.transitions.next_agent(task.agent)
         return None if agent is None else task.sessions.get(agent)
-
-    def _warm(self, task: _Task) -> None:
-        """Equation 11: only if the present agent tells enough about the next one."""
-        session = self._expected(task)
-        if session is not None and session.is_idle and self.transitions.entropy_reduction >= MIN_ENTROPY_REDUCTION:
-            self._actions.append(Prefetch(session, 1.0))
 
     def _end(self, program: Program) -> None:
         self._work.append(self._over(self._tasks.pop(program)))
