@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import psutil
+
 from agentserve.sim.metrics import TurnRecord, percentile
 from agentserve.sim.programs import Workload
 from bench.load.driver import LoadRun
@@ -16,6 +18,9 @@ from bench.load.prompts import planned_prompt_tokens
 _CACHED_SLACK_TOKENS = 64
 """A chat template's own words may be in the cache."""
 _LAG_LIMIT_NS = 20_000_000
+_STOLEN_LIMIT = 0.03
+_NUM_DISJOINT = 8
+"""Fields of `psutil.cpu_times` on Linux up to `steal`; those behind it are parts of others."""
 
 
 def find_doubts(run: LoadRun, workload: Workload) -> list[str]:
@@ -37,6 +42,28 @@ def find_doubts(run: LoadRun, workload: Workload) -> list[str]:
     if any(r.role == "attacker" for r in good):
         doubts.extend(_uncovered(good))
     return doubts
+
+
+class StolenTime:
+    """Processor time of this machine that its hypervisor gives to others, from now on."""
+
+    def __init__(self) -> None:
+        self._before = psutil.cpu_times()
+
+    def share(self) -> float | None:
+        """Of all processor time since then; None where the system does not say."""
+        before, now = self._before, psutil.cpu_times()
+        if not hasattr(now, "steal"):
+            return None
+        total_s = sum(now[:_NUM_DISJOINT]) - sum(before[:_NUM_DISJOINT])
+        return round((now.steal - before.steal) / total_s, 4) if total_s > 0.0 else 0.0
+
+
+def find_theft(stolen_share: float | None) -> list[str]:
+    """A sentence if others had much of the machine; its numbers are worth little then."""
+    if stolen_share is None or stolen_share <= _STOLEN_LIMIT:
+        return []
+    return [f"the hypervisor gave {stolen_share:.0%} of the processor time to others"]
 
 
 def _stamped_together(good: Sequence[TurnRecord]) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agentserve.sim.metrics import Slo, isolated_slo, percentile
 from agentserve.sim.programs import Workload
-from bench.load.checks import find_doubts
+from bench.load.checks import StolenTime, find_doubts, find_theft
 from bench.load.client import ChatClient
 from bench.load.driver import LoadRun, RunOptions, run_workload, warm_up
 from bench.load.errors import EndpointError
@@ -60,7 +60,9 @@ class Endpoint:
         load_average, started_at = os.getloadavg()[0], time.strftime("%Y-%m-%dT%H:%M:%S%z")
         prompt_seed = f"{workload.seed}/{workload.name}/{round_index}"
         options = RunOptions(prompt_seed=prompt_seed, cut_after_s=cut_after_s)
+        clock = StolenTime()
         run = await run_workload(workload, self.client, self.calibration, options)
+        stolen_share = clock.share()
         return RunResult(
             server=self.info,
             workload=named.title,
@@ -75,8 +77,9 @@ class Endpoint:
             duration_s=run.duration_ns / 1e9,
             client_lag_p99_ms=round(percentile(run.client_lag_ns or [0], 0.99) / 1e6, 3),
             work_classes=run.work_classes,
-            doubts=tuple(find_doubts(run, workload)),
+            doubts=(*find_doubts(run, workload), *find_theft(stolen_share)),
             records=tuple(run.records),
+            stolen_share=stolen_share,
         )
 
     async def isolated_slo(self, named: NamedWorkload, factor: float) -> Slo:

@@ -69,6 +69,8 @@ class RunResult:
     """Calls by the class that the server gave them; empty if it does not say."""
     doubts: tuple[str, ...]
     records: tuple[TurnRecord, ...]
+    stolen_share: float | None = None
+    """Of this machine's processor time during the run, what its hypervisor gave to others; None if it does not say."""
 
     @property
     def summary(self) -> Summary:

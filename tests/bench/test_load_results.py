@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from agentserve.sim.metrics import Slo, TurnRecord
+from bench.load.checks import StolenTime, find_theft
 from bench.load.cli import main
 from bench.load.errors import BenchError
 from bench.load.headline import Headline, frontier_points
@@ -239,3 +241,21 @@ def test_wrong_arguments(
 ) -> None:
     assert main(["load", "--base-url", "http://127.0.0.1:1/v1", "--out", str(tmp_path), *arguments]) == 1
     assert message in capsys.readouterr().out
+
+
+def test_time_that_the_hypervisor_took_is_kept_and_older_files_do_not_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # user, nice, system, idle, iowait, irq, softirq, steal, guest: guest is a part of user.
+    fields = namedtuple("fields", "user nice system idle iowait irq softirq steal guest guest_nice")
+    times = iter([fields(10, 0, 1, 5, 0, 0, 0, 1, 3, 0), fields(13, 0, 2, 9, 0, 0, 0, 3, 9, 0)])
+    monkeypatch.setattr("bench.load.checks.psutil.cpu_times", lambda: next(times))
+    share = StolenTime().share()
+    assert share == 0.2  # 2 of 3 + 1 + 4 + 2
+    assert find_theft(share) == ["the hypervisor gave 20% of the processor time to others"]
+    assert find_theft(0.01) == find_theft(None) == []
+    whole = results(result(OURS, 12, 40, stolen_share=share))
+    path = save(whole, tmp_path)
+    assert load([path]) == whole
+    path.write_text(path.read_text(encoding="utf-8").replace('"stolen_share": 0.2', '"seed": 0'), encoding="utf-8")
+    assert load([path]).runs[0].stolen_share is None
