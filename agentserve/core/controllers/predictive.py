@@ -183,11 +183,11 @@ class PredictiveController:
         return outlook, merit
 
     def _best(self, options: list[Option], merit: Merit) -> Option:
-        """The one with the most merit, unless the present partition or a split has hardly less."""
+        """The one with the most merit, unless a split or the present partition has hardly less."""
         best = min(options, key=merit)
         alike = [option for option in options if self._is_alike(option, best, merit)]
-        present = [option for option in alike if self._is_present(option.decision.partition)]
         splits = [option for option in alike if option.decision.partition.kind is _SPLIT]
+        present = [option for option in splits or alike if self._is_present(option.decision.partition)]
         return min(present or splits or [best], key=merit)
 
     def _is_alike(self, option: Option, best: Option, merit: Merit) -> bool:
@@ -257,10 +257,10 @@ class PredictiveController:
         order = range(len(self._ways)) if present is None else (present, *range(len(self._ways)))
         # Only splits, and what is in place, are ever chosen with less merit than the best one.
         for margin, indices in ((0.0, order), (self._hysteresis, self._splits)):
-            if margin and present is not None and merit.weighs_delay and best is not None:
+            if margin and present in self._splits and merit.weighs_delay and best is not None:
                 kept = options.get(present)
                 if kept is not None and kept.prefill_rate >= floor and self._is_alike(kept, best, merit):
-                    break  # it stays, whatever splits promise
+                    break  # it stays, whatever other splits promise
             for index in indices:
                 way, least_gain = self._ways[index], self._hysteresis if index == present else margin
                 if index in options or (best is not None and self._is_beaten(outlook, way, merit, best, least_gain)):
