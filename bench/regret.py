@@ -21,6 +21,7 @@ from agentserve.build.simulation import load_hardware
 from agentserve.config import ControlConfig, EngineConfig
 from agentserve.core.batch import Lane
 from agentserve.core.controllers import ControlSignal
+from agentserve.core.controllers.factory import build_controller
 from agentserve.core.controllers.predictive import PredictiveController
 from agentserve.core.costmodel import BatchShape, prompt_shape
 from agentserve.errors import AgentServeError
@@ -67,7 +68,8 @@ def points(hardware: Hardware, num_decodes: int, context: int) -> list[Point]:
     )
     decodes = BatchShape(num_decodes, num_decodes * context, num_samples=num_decodes)
     signal = ControlSignal(0, decodes, 0, _PROMPT_TOKENS, 0, 1, 0, 0, 0)
-    controller = PredictiveController(config, hardware.table, hardware.cost_model, target_ns)
+    controller = build_controller(config, hardware.table, hardware.cost_model)
+    assert isinstance(controller, PredictiveController), "that is the default"
     found = []
     for option in controller.options(signal):
         decision = option.decision

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agentserve.config import ControlConfig, EngineConfig
@@ -310,6 +310,7 @@ def test_predictive_with_a_looser_target_never_reads_prompts_slower(tight_ms: in
     assert rates[0] < 1.1 * rates[1]
 
 
+@example(47, 2.8125, 1)  # turns and the shared device promise almost the same
 @given(st.integers(5, 60), st.floats(0.3, 3.0), st.integers(1, 6))
 def test_predictive_comes_to_rest_under_a_constant_signal(target_ms: int, ratio: float, decodes: int) -> None:
     controller = predictive(tpot_target_ns=target_ms * MS)
