@@ -153,6 +153,7 @@ def make_world(
     seed: int,
     *,
     mean_action: int | None = None,
+    answer_scale: float = 1.0,
 ) -> tuple[tuple[Program, ...], tuple[WorldStep, ...]]:
     """The agents of a world that call at all, each with an adapter of its own, and its steps.
 
@@ -163,6 +164,7 @@ def make_world(
         scaled: what becomes of the length of a prompt.
         seed: of everything.
         mean_action: steps that an action takes besides that of its call; only of agents that are independent.
+        answer_scale: factor on the length of what is decided.
 
     Raises WorkloadError for `mean_action` in another world, or if it is not positive.
     """
@@ -178,18 +180,27 @@ def make_world(
         for program_id in step.calls:
             num_turns[program_id] = num_turns.get(program_id, 0) + 1
     programs = tuple(
-        Program(program_id, _turns(num_turns[program_id], scaled, Random(f"{seed}/{program_id}")), adapter=program_id)
+        Program(
+            program_id,
+            _turns(num_turns[program_id], scaled, answer_scale, Random(f"{seed}/{program_id}")),
+            adapter=program_id,
+        )
         for program_id in sorted(num_turns)
     )
     return programs, steps
 
 
-def _turns(count: int, scaled: Callable[[int], int], random: Random) -> tuple[Turn, ...]:
+def _turns(count: int, scaled: Callable[[int], int], answer_scale: float, random: Random) -> tuple[Turn, ...]:
     """A persona, then observations; each replaces the one before it, so the persona and its memory stay."""
     persona = scaled(random.randint(*_PERSONA))
-    turns = [Turn(persona + scaled(random.randint(*_OBSERVATION)), random.randint(*_DECISION))]
-    for _ in range(count - 1):
-        turns.append(Turn(scaled(random.randint(*_OBSERVATION)), random.randint(*_DECISION), keep_tokens=persona))
+    turns: list[Turn] = []
+    for _ in range(count):
+        observation = scaled(random.randint(*_OBSERVATION))
+        decision = max(1, round(answer_scale * random.randint(*_DECISION)))
+        if turns:
+            turns.append(Turn(observation, decision, keep_tokens=persona))
+        else:
+            turns.append(Turn(persona + observation, decision))
     return tuple(turns)
 
 

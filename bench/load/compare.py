@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from agentserve.sim.metrics import Slo
+from bench.load.checks import find_theft
 from bench.load.client import ChatClient
 from bench.load.endpoint import Endpoint, NamedWorkload
 from bench.load.errors import BenchError, EndpointGoneError, ServerFailedError
@@ -36,6 +37,9 @@ class Comparison:
     slo: Slo | None = None
     slo_scale: float | None = None
     timeout_s: float = 600.0
+    tries: int = 1
+    """A run from which the hypervisor took too much time is made again, up to so many times; the one that had most of
+    its time counts."""
     console: Console = field(default_factory=Console)
     failures: list[str] = field(default_factory=list)
     """Sentences about servers that did not start or died; the others go on."""
@@ -88,12 +92,17 @@ class Comparison:
         self._calibration = endpoint.calibration
         for named in self.workloads(round_index):
             slo = await self._targets(endpoint, named)
-            result = await endpoint.run(named, round_index=round_index, slo=slo)
-            runs.append(result)
-            good = sum(record.error is None for record in result.records)
-            self._say(f"  {named.title}: {good} of {len(result.records)} calls in {result.duration_s:.1f} s")
-            for doubt in result.doubts:
-                self.console.print(f"  ! {doubt}", style="yellow", markup=False)
+            tries: list[RunResult] = []
+            while len(tries) < self.tries and (not tries or find_theft(tries[-1].stolen_share)):
+                tries.append(await endpoint.run(named, round_index=round_index, try_index=len(tries), slo=slo))
+                self._describe(named, tries[-1])
+            runs.append(min(tries, key=lambda result: result.stolen_share or 0.0))
+
+    def _describe(self, named: NamedWorkload, result: RunResult) -> None:
+        good = sum(record.error is None for record in result.records)
+        self._say(f"  {named.title}: {good} of {len(result.records)} calls in {result.duration_s:.1f} s")
+        for doubt in result.doubts:
+            self.console.print(f"  ! {doubt}", style="yellow", markup=False)
 
     async def _targets(self, endpoint: Endpoint, named: NamedWorkload) -> Slo | None:
         """Those that were given, or those that the reference server has set for this workload in the first round."""

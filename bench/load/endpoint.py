@@ -53,12 +53,19 @@ class Endpoint:
         return cls(client, info, calibration)
 
     async def run(
-        self, named: NamedWorkload, *, round_index: int = 0, slo: Slo | None = None, cut_after_s: float | None = 1.0
+        self,
+        named: NamedWorkload,
+        *,
+        round_index: int = 0,
+        try_index: int = 0,
+        slo: Slo | None = None,
+        cut_after_s: float | None = 1.0,
     ) -> RunResult:
-        """Runs a workload once."""
+        """Runs a workload once. Each try has prompts of its own, of the same lengths: what the server keeps of another
+        one is of no use to it."""
         workload = named.workload
         load_average, started_at = os.getloadavg()[0], time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        prompt_seed = f"{workload.seed}/{workload.name}/{round_index}"
+        prompt_seed = f"{workload.seed}/{workload.name}/{round_index}" + (f"/{try_index}" if try_index else "")
         options = RunOptions(prompt_seed=prompt_seed, cut_after_s=cut_after_s)
         clock = StolenTime()
         run = await run_workload(workload, self.client, self.calibration, options)

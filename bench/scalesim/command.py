@@ -37,6 +37,13 @@ def plan(agents: Sequence[int]) -> dict[str, list[Setting]]:
         ],
         "models": [Setting("independent", s, min(middle, 100), model=m) for m in _MODELS for s in SYSTEMS],
         "lengths": [Setting("independent", s, middle, scale=x) for x in (0.25, 0.5, 1.0, 2.0) for s in SYSTEMS],
+        "answers": [
+            Setting(w, s, max(agents), answer_scale=x)
+            for w in WORKLOADS
+            for x in (0.25, 0.5, 1.0, 2.0, 4.0)
+            for s in SYSTEMS
+            if s != "lru"
+        ],
         "threshold": [
             Setting(w, "scalesim", middle, prefetch_distance=x) for w in WORKLOADS for x in (0.0, 1.5, 2.0, 3.0, 5.0)
         ],

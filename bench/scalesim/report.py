@@ -64,8 +64,8 @@ def table(by_part: Mapping[str, Sequence[Result]]) -> str:
         lines.append("")
         lines.append(f"{part} ({num_seeds} seed{'s' if num_seeds > 1 else ''})")
         lines.append(
-            f"{'workload':12} {'agents':>6} {'fit':>4} {'model':12} {'len':>4} {'thr':>4} {'system':13} {'active':>6} "
-            f"{'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} {'speed-up':>18} {'TTFT':>18}"
+            f"{'workload':12} {'agents':>6} {'fit':>4} {'model':12} {'len':>4} {'ans':>4} {'thr':>4} {'system':13} "
+            f"{'active':>6} {'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} {'speed-up':>18} {'TTFT':>18}"
         )
         baselines: dict[tuple[Any, ...], dict[str, Result]] = {}
         for result in results:
@@ -75,7 +75,7 @@ def table(by_part: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _key(result: Result) -> tuple[Any, ...]:
-    names = ("workload", "num_agents", "mean_action", "model", "scale")
+    names = ("workload", "num_agents", "mean_action", "model", "scale", "answer_scale")
     return tuple(result["setting"][name] for name in names)
 
 
@@ -85,7 +85,8 @@ def _line(result: Result, found: Mapping[str, Result]) -> str:
     sooner = _spread(ttft_changes(found["hierarchical"], result), "{:+.0%}") if "hierarchical" in found else ""
     return (
         f"{setting['workload']:12} {setting['num_agents']:6} {Setting(**setting).residents:4} {setting['model']:12} "
-        f"{setting['scale']:4.2g} {setting['prefetch_distance']:4.2g} {setting['system']:13} "
+        f"{setting['scale']:4.2g} {setting['answer_scale']:4.2g} {setting['prefetch_distance']:4.2g} "
+        f"{setting['system']:13} "
         f"{result['active_share']:6.0%} {result['step_ms']:8.0f} {result['ttft_ms']:8.1f} {result['ttft_p99_ms']:7.0f} "
         f"{result['wait_ms']:8.1f} {result['hit_rate']:5.0%} {faster:>18} {sooner:>18}"
     )

@@ -46,6 +46,8 @@ class Setting:
     scale: float = 1.0
     seed: int = 0
     prefetch_distance: float = 2.0
+    answer_scale: float = 1.0
+    """Factor on the length of answers."""
 
     @property
     def residents(self) -> int:
@@ -75,6 +77,7 @@ def world(setting: Setting) -> Workload:
         lambda num_tokens: max(1, round(num_tokens * setting.scale)),
         setting.seed,
         mean_action=None if setting.mean_action == MEAN_ACTION else setting.mean_action,
+        answer_scale=setting.answer_scale,
     )
     return Workload(setting.workload, programs, None, setting.seed, steps=steps)
 

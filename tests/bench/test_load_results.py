@@ -228,6 +228,23 @@ async def test_a_comparison_goes_on_without_a_server_that_fails(
     assert "broken ended with exit code 7" in shown and "Total time: 0 min" in shown
 
 
+async def test_a_run_that_others_disturb_is_made_again_with_other_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs, out = tmp_path / "p.jsonl", tmp_path / "out"
+    programs.write_text('{"program_id": "a", "turns": [{"append_tokens": 40, "output_tokens": 3}]}\n', encoding="utf-8")
+    # Three tries at most: the first round finds a quiet one in the second, the other round none.
+    shares = iter([0.5, 0.01, 0.2, 0.04, 0.3])
+    monkeypatch.setattr("bench.load.endpoint.StolenTime.share", lambda _: next(shares))
+    async with serving(FakeServer(gap_s=0.003)) as server:
+        arguments = ["compare", "--server", f"fake={server.base_url}", "--workload", str(programs), "--out", str(out)]
+        assert await asyncio.to_thread(main, [*arguments, "--rounds", "2", "--tries", "3"]) == 0
+        # Three probes, four calls of warm-up before each round.
+        runs = [body["messages"][0]["content"] for body in (*server.bodies[7:9], *server.bodies[13:])]
+    assert len(set(runs)) == len(runs) == 5
+    assert [(run.round, run.stolen_share) for run in load([out]).runs] == [(0, 0.01), (1, 0.04)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
