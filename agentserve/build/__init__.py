@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from agentserve.build.control import calibrated, control_config, device_sheet
+from agentserve.build.control import calibrated, control_config, device_sheet, nanoseconds
 from agentserve.build.parts import Parts, build_parts, model_shape, window
 from agentserve.build.policies import with_plugins
 from agentserve.config import ControlConfig, EngineConfig, ServeConfig
@@ -93,6 +93,7 @@ def _assemble(
         block_size=capabilities.block_size,
         max_model_len=window(config, parts.model_config, capabilities),
         max_num_seqs=config.max_num_seqs,
+        time_slice_ns=nanoseconds(config.time_slice_ms),
         max_num_batched_tokens=config.max_num_batched_tokens,
         scheduler=config.scheduler,
         prefill_order=config.prefill_order,

@@ -84,9 +84,9 @@ def control_config(config: ServeConfig) -> ControlConfig:
         controller=config.controller or "predictive",
         # Where there are Green Contexts, they are what the table is made of.
         slots="auto" if config.slots in {None, "green"} else config.slots,
-        tpot_target_ns=_nanoseconds(config.tpot_target_ms),
+        tpot_target_ns=nanoseconds(config.tpot_target_ms),
         objective="delay" if config.tpot_target_ms is None else "rate",
-        ttft_target_ns=_nanoseconds(config.ttft_target_ms),
+        ttft_target_ns=nanoseconds(config.ttft_target_ms),
         decode_share=config.decode_share,
         theta_high=config.theta_high,
         theta_low=config.theta_low,
@@ -98,7 +98,8 @@ def control_config(config: ServeConfig) -> ControlConfig:
     )
 
 
-def _nanoseconds(milliseconds: float | None) -> int | None:
+def nanoseconds(milliseconds: float | None) -> int | None:
+    """At least one; None stays None."""
     return None if milliseconds is None else max(1, round(milliseconds * 1e6))
 
 

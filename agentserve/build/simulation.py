@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from agentserve.build.adapters import recorded_lora, simulated_lora
+from agentserve.build.control import nanoseconds
 from agentserve.build.parts import SIMULATED_DEFAULT_MODEL, model_shape
 from agentserve.build.policies import with_plugins
 from agentserve.config import ControlConfig, EngineConfig, LoraConfig, is_plugin
@@ -339,9 +340,11 @@ def _engine_options(cell: Cell, control: ControlConfig) -> dict[str, Any]:
     if cell.slots is not None:
         changes["slots"] = cell.slots
     if cell.tpot_target_ms is not None:
-        changes["tpot_target_ns"] = max(1, round(cell.tpot_target_ms * 1e6))
+        changes["tpot_target_ns"] = nanoseconds(cell.tpot_target_ms)
         changes["objective"] = "rate"
     options = {name: getattr(cell, name) for name in _ENGINE if getattr(cell, name) is not None}
+    if cell.time_slice_ms is not None:
+        options["time_slice_ns"] = nanoseconds(cell.time_slice_ms)
     return {**options, "control": dataclasses.replace(control, **changes)}
 
 

@@ -194,6 +194,9 @@ class EngineConfig:
     max_model_len: int
     block_size: int = 16
     max_num_seqs: int = 16
+    time_slice_ns: int | None = None
+    """A request that has run for so long gives its place to one that waits and has run less; each time it goes on, it
+    may run twice as long. None: who runs keeps its place until it ends."""
     prefill_chunk: int = 256
     """Prompt tokens in one batch of the prefill lane: how far away a batch boundary can be."""
     resume_budget: int = 64
@@ -264,6 +267,8 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.time_slice_ns is not None and self.time_slice_ns < 1:
+            raise ConfigError(f"time_slice_ns must be at least 1, not {self.time_slice_ns}")
         self._check_policies()
         if self.tiering is not None and not self.enable_prefix_caching:
             raise ConfigError("KV tiers keep cached prefixes: they need prefix caching")

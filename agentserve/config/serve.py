@@ -135,6 +135,10 @@ class ServeConfig:
     max_num_seqs: int = _option(
         16, positive_int, "requests that run at once", flags=("-np", "--parallel"), section="scheduler"
     )
+    time_slice_ms: float | None = _option(
+        None, positive_float, "a request that has run so long gives its place to one that waits and has run less; "
+        "default: it keeps its place until it ends", section="scheduler",
+    )  # fmt: skip
     max_num_queued_reqs: int = _option(512, positive_int, "requests that may wait", section="scheduler")
     scheduler: str = _option(
         "lanes", choice(*SCHEDULERS), "lanes: ours; the others are baselines that run one batch at a time",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator
+from typing import TypeAlias
 
 from agentserve.core.request import Request
 
+Rank: TypeAlias = tuple[int, int, tuple[float, ...], int]
 
-def rank(request: Request) -> tuple[int, tuple[float, ...], int]:
-    """Smaller goes first: priority, then what the order policy says, then arrival.
 
-    A preempted request has its old rank, so it is next again.
+def rank(request: Request) -> Rank:
+    """Smaller goes first: priority, then who has used up fewer time slices, what the order policy says, and arrival.
+
+    A request that is preempted for lack of memory has its old rank, so it is next again.
     """
-    return (request.priority, request.order_key, request.sequence)
+    return (request.priority, request.num_slices, request.order_key, request.sequence)
 
 
 class RankedQueue:

@@ -148,6 +148,11 @@ class Request:
     in_flight: bool = False
     """Whether a batch with it is in flight; there may be two, if the scheduler looked ahead."""
     num_preemptions: int = 0
+    num_slices: int = 0
+    """Time slices that it has used up: each time it has given its place to one that had fewer. Changed only while it is
+    in no queue."""
+    runs_since_ns: int = 0
+    """When it was admitted last, and what had to be loaded for it was there."""
     first_work_class: WorkClass | None = None
     """What it was when it was admitted first; for statistics."""
     finish_after_flight: FinishReason | None = None

@@ -145,6 +145,9 @@ class Cell:
         boolean, "policies", "transition: rate memory by which agent is likely to come next (default: true)"
     )
     max_num_seqs: int | None = _option(positive_int, "engine", "requests that run at once (default: 16)")
+    time_slice_ms: float | None = _option(
+        positive_float, "engine", "a request that has run so long gives its place to one that waits (default: never)"
+    )
     max_num_batched_tokens: int | None = _option(positive_int, "engine", "tokens in one batch at most (default: 2048)")
     prefill_chunk: int | None = _option(
         positive_int, "engine", "static, reactive: prompt tokens in one batch of the prefill lane (default: 256)"

@@ -44,6 +44,12 @@ def plan(agents: Sequence[int]) -> dict[str, list[Setting]]:
             for s in SYSTEMS
             if s != "lru"
         ],
+        "slices": [
+            Setting(w, s, count, time_slice_ms=x)
+            for count in dict.fromkeys((min(agents, key=lambda count: abs(count - 500)), max(agents)))
+            for w in WORKLOADS
+            for s, x in (("lru", 0.0), ("hierarchical", 0.0), *(("scalesim", x) for x in (0.0, 100.0, 150.0, 200.0)))
+        ],
         "threshold": [
             Setting(w, "scalesim", middle, prefetch_distance=x) for w in WORKLOADS for x in (0.0, 1.5, 2.0, 3.0, 5.0)
         ],

@@ -64,8 +64,9 @@ def table(by_part: Mapping[str, Sequence[Result]]) -> str:
         lines.append("")
         lines.append(f"{part} ({num_seeds} seed{'s' if num_seeds > 1 else ''})")
         lines.append(
-            f"{'workload':12} {'agents':>6} {'fit':>4} {'model':12} {'len':>4} {'ans':>4} {'thr':>4} {'system':13} "
-            f"{'active':>6} {'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} {'speed-up':>18} {'TTFT':>18}"
+            f"{'workload':12} {'agents':>6} {'fit':>4} {'model':12} {'len':>4} {'ans':>4} {'thr':>4} {'turn':>4} "
+            f"{'system':13} {'active':>6} {'step ms':>8} {'TTFT ms':>8} {'p99 ms':>7} {'wait ms':>8} {'hits':>5} "
+            f"{'speed-up':>18} {'TTFT':>18}"
         )
         baselines: dict[tuple[Any, ...], dict[str, Result]] = {}
         for result in results:
@@ -86,7 +87,7 @@ def _line(result: Result, found: Mapping[str, Result]) -> str:
     return (
         f"{setting['workload']:12} {setting['num_agents']:6} {Setting(**setting).residents:4} {setting['model']:12} "
         f"{setting['scale']:4.2g} {setting['answer_scale']:4.2g} {setting['prefetch_distance']:4.2g} "
-        f"{setting['system']:13} "
+        f"{setting['time_slice_ms']:4.4g} {setting['system']:13} "
         f"{result['active_share']:6.0%} {result['step_ms']:8.0f} {result['ttft_ms']:8.1f} {result['ttft_p99_ms']:7.0f} "
         f"{result['wait_ms']:8.1f} {result['hit_rate']:5.0%} {faster:>18} {sooner:>18}"
     )

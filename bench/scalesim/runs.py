@@ -48,6 +48,8 @@ class Setting:
     prefetch_distance: float = 2.0
     answer_scale: float = 1.0
     """Factor on the length of answers."""
+    time_slice_ms: float = 0.0
+    """How long a call may run before it gives way to others; 0: until it ends."""
 
     @property
     def residents(self) -> int:
@@ -129,6 +131,7 @@ def engine_header(setting: Setting, workload: Workload) -> Header:
         control=ControlConfig(),
         policy="invocation_distance" if setting.system == "scalesim" else "lru",
         prefetch_distance=setting.prefetch_distance,
+        time_slice_ns=round(setting.time_slice_ms * 1e6) or None,
         tiering=tiering,
         lora=lora,
     )

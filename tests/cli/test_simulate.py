@@ -285,6 +285,7 @@ def test_every_option_has_an_effect() -> None:
         "kv_cache_memory": "4GiB", "block_size": "32", "max_model_len": "4096", "instances": "3",
         "router": "round_robin", "overload": "wait", "overload_calls": "3", "link_gb_per_s": "1",
         "scheduler": "chunked", "controller": "reactive", "slots": "stream", "tpot_target_ms": "9", "max_num_seqs": "4",
+        "time_slice_ms": "20",
         "max_num_batched_tokens": "512", "prefill_chunk": "64", "kv_offloading_size": "8", "cxl_size": "4",
         "host_link_gb_per_s": "9", "cxl_link_gb_per_s": "9", "kv_write_back": "on_evict",
         "policy": "evict_always", "order": "plas", "protect_anchors": "true", "prefetch_distance": "3",

@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fcfs": {"scheduler": "fcfs"},
     "ttl": {"policy": "ttl"},
     "plas": {"order": "plas", "max_num_seqs": 2},
+    "slices": {"max_num_seqs": 2, "time_slice_ns": 30 * MS},
     "invocation_distance": {"policy": "invocation_distance"},
 }
 """Every controller, every scheduler, and policies."""

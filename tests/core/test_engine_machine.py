@@ -46,9 +46,16 @@ class EngineMachine(RuleBasedStateMachine):
         lookahead=st.sampled_from([1, 2]),
         tiering=st.sampled_from(TIERINGS),
         speculate=st.sampled_from(["none", "next_turn"]),
+        time_slice_ns=st.sampled_from([None, 1, 10**6]),
     )
     def build(
-        self, way: dict[str, Any], order: str, lookahead: int, tiering: TieringConfig | None, speculate: str
+        self,
+        way: dict[str, Any],
+        order: str,
+        lookahead: int,
+        tiering: TieringConfig | None,
+        speculate: str,
+        time_slice_ns: int | None,
     ) -> None:
         speculating = {"speculate": speculate, "speculate_tokens": 18} if speculate != "none" else {}
         self.core = core(
@@ -62,6 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefill_order=order,
             decode_lookahead=lookahead,
             tiering=tiering,
+            time_slice_ns=time_slice_ns,
             **(way if "scheduler" in way else way | speculating),
         )
 

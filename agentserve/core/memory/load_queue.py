@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from agentserve.core.adapters import TransferOrder
-from agentserve.core.queues import rank
+from agentserve.core.queues import Rank, rank
 from agentserve.core.request import Request
 from agentserve.core.transfers import Tier
 
-Urgency: TypeAlias = tuple[float, tuple[int, tuple[float, ...], int]]
+Urgency: TypeAlias = tuple[float, Rank]
 """Invocation distance (0: somebody waits), then the rank of who waits. The smallest goes first."""
-_NOBODY = (sys.maxsize, (), 0)
+_NOBODY = (sys.maxsize, 0, (), 0)
 
 
 def urgency_of(request: Request) -> Urgency:

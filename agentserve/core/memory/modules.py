@@ -150,6 +150,16 @@ class AdapterModule:
             self._hold_one(held)
         return False
 
+    @property
+    def num_idle_slots(self) -> int:
+        """Slots of adapters that no request runs with. O(slots)."""
+        return len(self._free_slots) + sum(not adapter.users for adapter in self._placed.values())
+
+    def holds_slot_alone(self, request: Request) -> bool:
+        """Whether there is an idle slot more when this request does not run any more."""
+        adapter = self._used.get(request.request_id)
+        return adapter is not None and len(adapter.users) == 1
+
     def acquire(self, request: Request) -> int | None:
         """Locks the adapter of a request that starts; its slot. None for a request without adapter."""
         if request.adapter is None:

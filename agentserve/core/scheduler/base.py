@@ -17,6 +17,7 @@ from agentserve.core.memory.manager import Allocation, AllocationOutcome
 from agentserve.core.request import Request, RequestStatus
 from agentserve.core.scheduler.books import Books
 from agentserve.core.scheduler.chunks import decode_chunks, pending_chunk, prompt_chunk
+from agentserve.core.scheduler.missing_adapters import MissingAdapters
 from agentserve.core.slots import SlotPartition
 
 _NUM_LANES = len(Lane)
@@ -48,7 +49,10 @@ class Scheduler(Books, ABC):
             return batches
         if self.waiting:
             self.speculation.give_way()
-            self._admit(now_ns, events)
+            while True:
+                refused = self._admit(now_ns, events)
+                if refused is None or not self._make_way(refused, now_ns, events):
+                    break
         if self.running or self.speculation.request is not None:
             self._fill(now_ns, events, batches)
             if not looks_ahead and self._may_look_ahead():
@@ -82,38 +86,27 @@ class Scheduler(Books, ABC):
             events.append(BatchScheduled(now_ns, batch))
             batches.append(batch)
 
-    def _admit(self, now_ns: int, events: list[EngineEvent]) -> None:
-        """Gives blocks to waiting requests, first come first served.
+    def _admit(self, now_ns: int, events: list[EngineEvent]) -> Request | None:
+        """Gives blocks to waiting requests, first come first served. Returns the first one for which there is no place.
 
         A request whose prefix is being computed by another one is passed over until that is done, and one whose adapter
-        is not on the device until it is. One for which there is no memory is not passed over, or large requests would
-        starve.
+        is not on the device until it is, but not by those that have used up more time slices. One for which there is no
+        memory is not passed over, or large requests would starve.
         """
         admitted: list[tuple[Request, Allocation]] = []
-        adapters, held_adapters = self._memory.adapters, set[str]()
+        adapters, missing = self._memory.adapters, MissingAdapters(self._memory.adapters)
+        refused: Request | None = None
         for request in self.waiting:
+            if missing.shut_out(request):
+                break
             if self.num_seqs >= self._config.max_num_seqs:
+                refused = request
                 break
-            if request.request_id in self._waits_for:
+            if request.request_id in self._waits_for or missing.pass_over(request):
                 continue
-            if adapters is not None and not adapters.admits(request, held_adapters):
-                continue
-            if self._state_of_things(request) == self._refused:
-                break
-            allocation = self._memory.allocate(
-                request.request_id,
-                request.token_ids,
-                salt=request.cache_salt,
-                # Whoever runs already can grow by one block before anybody is preempted.
-                reserve_blocks=len(self.running),
-                session=request.session_blocks,
-                # As long as something runs it will end; else pinned blocks would be waited for in vain.
-                ignore_pins=not (self.running or self._draining),
-                urgency=urgency_of(request),
-            )
-            if allocation.outcome is AllocationOutcome.OUT_OF_BLOCKS:
-                # Copies to a lower tier may have begun, and then there are fewer blocks than before.
-                self._refused = self._state_of_things(request)
+            allocation = self._allocate(request)
+            if allocation is None:
+                refused = request
                 break
             if allocation.outcome is AllocationOutcome.PENDING_PREFIX:
                 assert allocation.pending_owner is not None
@@ -134,6 +127,28 @@ class Scheduler(Books, ABC):
                 self._loading.add(request.request_id)
             else:
                 self.start(request, now_ns, events)
+        return (missing.first_without_slot() if self._slice_ns else None) or refused
+
+    def _allocate(self, request: Request) -> Allocation | None:
+        """Blocks for a request that waits; None if there are too few."""
+        if self._state_of_things(request) == self._refused:
+            return None
+        allocation = self._memory.allocate(
+            request.request_id,
+            request.token_ids,
+            salt=request.cache_salt,
+            # Whoever runs already can grow by one block before anybody is preempted.
+            reserve_blocks=len(self.running),
+            session=request.session_blocks,
+            # As long as something runs it will end; else pinned blocks would be waited for in vain.
+            ignore_pins=not (self.running or self._draining),
+            urgency=urgency_of(request),
+        )
+        if allocation.outcome is not AllocationOutcome.OUT_OF_BLOCKS:
+            return allocation
+        # Copies to a lower tier may have begun, and then there are fewer blocks than before.
+        self._refused = self._state_of_things(request)
+        return None
 
     def _state_of_things(self, request: Request) -> tuple[str, int, int, int]:
         """What decides whether a request gets memory."""
@@ -145,6 +160,7 @@ class Scheduler(Books, ABC):
         num_cached_tokens = request.num_computed_tokens
         request.num_cached_at_admission = num_cached_tokens
         request.num_block_tokens = request.commit_at = 0
+        request.runs_since_ns = now_ns
         if request.first_scheduled_ns is None:
             request.first_scheduled_ns = now_ns
             request.num_cached_tokens = num_cached_tokens
@@ -175,6 +191,8 @@ class Scheduler(Books, ABC):
         that are not known yet, or a grammar to follow them.
         """
         head = self.in_flight.get(_DECODE)
+        if self._slice_ns and self.waiting:
+            return False  # who runs may have to give way behind this batch
         if self._config.decode_lookahead < 2 or self.ahead is not None or head is None:
             return False
         if self._last_continuable[0] != head.batch_id:

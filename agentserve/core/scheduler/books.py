@@ -22,6 +22,8 @@ _NUM_LANES = len(Lane)
 # Looking up a member of an enumeration costs as much as a call.
 _DECODE = Lane.DECODE
 _RUNNING = RequestStatus.RUNNING
+_MOST_VACANT = 4
+"""No place is vacated while so many wait for what is loaded into them: about what a link loads during one batch."""
 
 
 class Books:
@@ -65,6 +67,8 @@ class Books:
         self._ended: list[str] = []
         self._num_batches = 0
         self.num_preemptions = 0
+        self._slice_ns = config.time_slice_ns or 0
+        """How long a request may run before it gives way to others; 0: until it ends."""
         self.num_prefix_query_tokens = 0
         self.num_prefix_hit_tokens = 0
         if memory.residency is not None:
@@ -238,10 +242,59 @@ class Books:
                 return other
         return None
 
-    def _preempt(self, request: Request, now_ns: int, events: list[EngineEvent]) -> None:
-        """Takes the blocks of a request; it is computed again when there is room (what stays cached is a hit)."""
+    def _make_way(self, refused: Request, now_ns: int, events: list[EngineEvent]) -> bool:
+        """Takes its place from a request that has run for its time slice, for one that has used up fewer; whether there
+        was one.
+
+        Multi-level feedback (FastServe, Wu et al. 2023, section 4): the level of a request is how many slices it has
+        used up, and each level's slice is twice as long as that of the level before it. Few places are vacated at a
+        time: until what the next ones need is loaded, nobody has any use for more.
+        """
+        adapters, residency = self._memory.adapters, self._memory.residency
+        if not self._slice_ns:
+            return False
+        num_vacant = len(self._loading)
+        lacking = None if adapters is None or adapters.admits(refused, set()) else adapters
+        if lacking is not None:
+            num_vacant += lacking.num_idle_slots
+        elif self.num_seqs < self._config.max_num_seqs and residency is not None and residency.is_freeing:
+            return False  # what it lacks is blocks, and there will be more
+        if num_vacant >= _MOST_VACANT:
+            return False
+        for victim in reversed(self.running):
+            if victim.priority < refused.priority:
+                break
+            if victim.in_flight or victim.is_prefilling or not self._is_ahead(victim, refused, now_ns):
+                continue
+            if lacking is None or lacking.holds_slot_alone(victim):
+                self._preempt(victim, now_ns, events, num_slices=self._num_slices(victim, now_ns))
+                return True
+        return False
+
+    def _is_ahead(self, request: Request, other: Request, now_ns: int) -> bool:
+        """Whether a request that runs has used up more slices than another one, and not run just now and then."""
+        least = max(1, (2 << other.num_slices) - (1 << request.num_slices))
+        return now_ns - request.runs_since_ns >= least * self._slice_ns
+
+    def _num_slices(self, request: Request, now_ns: int) -> int:
+        """How many slices a request that runs has used up."""
+        count, left_ns = request.num_slices, now_ns - request.runs_since_ns
+        while left_ns >= self._slice_ns << count:
+            left_ns -= self._slice_ns << count
+            count += 1
+        return count
+
+    def _preempt(
+        self, request: Request, now_ns: int, events: list[EngineEvent], *, num_slices: int | None = None
+    ) -> None:
+        """Takes the blocks of a request; it is computed again when there is room (what stays cached is a hit).
+
+        `num_slices`: time slices that it has used up by now; None: they are not what this is about.
+        """
         self._stop(request)
         self._release(request)
+        if num_slices is not None:
+            request.num_slices = num_slices
         request.status = RequestStatus.WAITING
         request.num_computed_tokens = 0
         request.num_preemptions += 1

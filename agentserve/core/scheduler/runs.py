@@ -29,6 +29,8 @@ class RunScheduler(Scheduler):
         co_running = _PREFILL in self.in_flight
         # Without prompts a change of mind of the controller changes nothing.
         is_calm = not (co_running or self._reading or self.speculation.request) and self._memory.residency is None
+        if self._slice_ns and self.waiting:
+            return None  # whose slice is over changes from step to step
         if head is None or (settled and not is_calm) or self._ended or self._draining or not self._continues_alone():
             return None
         depth = 1 if self.ahead is None else 2

@@ -77,9 +77,12 @@ class InvocationDistance(Policy):
         session, request = event.session, event.request
         self._has_news = True
         if event.kind is TurnKind.SUBMITTED:
-            place = (request.priority, *request.order_key, request.sequence)
-            self._open.setdefault(session, (math.inf, *(-number for number in place)))
+            self._open.setdefault(session, _key_of(request))
             self._calls.append((session, True, None))
+        elif event.kind is TurnKind.PREEMPTED and request.num_slices:
+            # It comes after others now.
+            self._open[session] = _key_of(request)
+            self._actions.append(Rescore(session))
         elif event.kind is TurnKind.FINISHED:
             self._calls.append((session, False, session.next_distance))
 
@@ -192,6 +195,12 @@ class InvocationDistance(Policy):
             heapq.heappop(users)
         nearest = max(users[0][0], self.book.reached) if users else math.inf
         self._actions.append(PlaceAdapter(adapter, nearest, self._is_near(nearest)))
+
+
+def _key_of(request: Request) -> Key:
+    """What the blocks of an open call are worth: more than those of idle sessions, and the less the later it comes."""
+    place = (request.priority, request.num_slices, *request.order_key, request.sequence)
+    return (math.inf, *(-number for number in place))
 
 
 def agent_of(session: Session) -> str:

@@ -17,7 +17,7 @@ from typing import ClassVar
 from agentserve.core.agents.policy import Action, Admit, Policy, TurnEvent, TurnKind
 from agentserve.core.agents.registry import AgentRegistry, Program, Session
 from agentserve.core.events import HUMAN
-from agentserve.core.queues import rank
+from agentserve.core.queues import Rank, rank
 from agentserve.core.request import Request
 
 GROWTH = 1.5
@@ -89,7 +89,7 @@ class WorkingSet(Policy):
         self._num_open = 0
         """Calls of active programs that have not ended."""
         self._held: dict[Program, _Waiting] = {}
-        self._order: list[tuple[tuple[float, tuple[float, ...], int], int, Program]] = []
+        self._order: list[tuple[Rank, int, Program]] = []
         """A heap of the programs in `held`, by the rank of the first call and its ticket."""
         self._away: list[tuple[int, int, _Active]] = []
         self._contexts: deque[int] = deque(maxlen=_MAX_ENDED)
