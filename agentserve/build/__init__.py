@@ -20,7 +20,7 @@ from agentserve.models.config import ModelConfig
 from agentserve.runtime.calibration_grid import Limits
 from agentserve.runtime.client import EngineClient, EventBridge
 from agentserve.runtime.live import LiveDriver, MonotonicClock
-from agentserve.runtime.recording import Header, Recorder
+from agentserve.runtime.recording import Header, Recorder, require_recordable
 from agentserve.runtime.replay import build_core
 from agentserve.runtime.script import ScriptDriver
 from agentserve.text.chat import ChatTemplate
@@ -72,6 +72,8 @@ def build_engine(config: ServeConfig, report: Callable[[str], None]) -> Engine:
     Raises ConfigError or ModelError, each with one clear sentence.
     """
     control = control_config(config)
+    if config.record:
+        require_recordable(Path(config.record))
     name, parts = build_parts(config, report)
     try:
         return _assemble(config, control, name, parts, report)

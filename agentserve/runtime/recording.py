@@ -8,6 +8,7 @@ token ids, so it is created readable by its owner only.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,19 @@ class RecordedStep:
     completions: tuple[Report, ...]
     commands: tuple[Command, ...]
     decisions: tuple[str, ...]
+
+
+def require_recordable(path: Path) -> None:
+    """Raises ConfigError if no recording can be begun there: to be asked before anything takes long."""
+    reason = None
+    if path.exists():
+        reason = errno.EEXIST
+    elif not path.parent.is_dir():
+        reason = errno.ENOENT
+    elif not os.access(path.parent, os.W_OK):
+        reason = errno.EACCES
+    if reason is not None:
+        raise ConfigError(f"cannot record to {path}: {os.strerror(reason)}")
 
 
 class Recorder:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agentserve.build import build_engine
+from agentserve.config import ServeConfig
 from agentserve.core.events import EndRequest, EngineEvent, RequestFinished
 from agentserve.errors import ConfigError, EngineError, RecordingError
 from agentserve.runtime.live import LiveDriver, MonotonicClock
@@ -124,5 +126,10 @@ def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     path.write_text("precious", encoding="utf-8")
     with pytest.raises(ConfigError, match="cannot record"):
         Recorder(path, header())
+    reported: list[str] = []
+    with pytest.raises(ConfigError, match=r"cannot record to .*run\.jsonl: File exists"):
+        build_engine(ServeConfig(record=str(path)), reported.append)
+    assert not reported, "the model was loaded before that was noticed"
+    assert path.read_text(encoding="utf-8") == "precious"
     with pytest.raises(RecordingError, match="cannot read"):
         Recording(tmp_path / "missing.jsonl")
