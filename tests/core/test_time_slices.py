@@ -13,6 +13,8 @@ from agentserve.errors import ConfigError
 from tests.core.builders import MS, core, finished, submit, virtual
 
 HOST = TieringConfig(1000, (TierConfig("host", 200, 1e9, 1e9),))
+SLOW_HOST = TieringConfig(4000, (TierConfig("host", 200, 1e6, 1e6),))
+"""A block takes 4 ms each way: something is on its way down nearly all the time."""
 
 
 def moves(results: list[StepResult]) -> list[tuple[str, str]]:
@@ -99,10 +101,11 @@ def test_turns_change_no_text_and_everybody_ends(tiering: TieringConfig | None, 
     assert sum(firsts) < sum(plain_firsts), "nobody had his first token sooner"
 
 
-def test_the_same_for_memory_that_is_short() -> None:
+@pytest.mark.parametrize("tiering", [None, HOST, SLOW_HOST])
+def test_the_same_for_memory_that_is_short(tiering: TieringConfig | None) -> None:
     """There are seats enough, but blocks for two of them."""
     requests = [submit(name, 40, max_tokens=12) for name in "abc"]
-    values = {"num_blocks": 26, "max_model_len": 64}
+    values = {"num_blocks": 26, "max_model_len": 64, "tiering": tiering}
     results = run(*requests, time_slice_ns=30 * MS, **values)
     # The prompt of "b" is still being read when the slice of "a" is over.
     assert moves(results)[:4] == [("in", "a"), ("in", "b"), ("out", "a"), ("in", "c")] and len(finished(results)) == 3
