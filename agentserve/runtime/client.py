@@ -9,14 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from types import TracebackType
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeVar
 
-from agentserve.core.batch import TokenSample
 from agentserve.core.engine import EngineCore
 from agentserve.core.events import (
     Command,
@@ -41,44 +39,9 @@ from agentserve.errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from agentserve.runtime.streams import MAX_UNREAD_TOKENS, Mailbox, StreamEnd, StreamProgress, TokenStream
 from agentserve.text.grammar.compiler import CompiledGrammar
 from agentserve.text.grammar.masks import GrammarMasks
-
-
-@dataclass(frozen=True, slots=True)
-class StreamTokens:
-    """Tokens that arrived since the last event: one, or several if the consumer is slower than the engine."""
-
-    samples: tuple[TokenSample, ...]
-    times_ns: tuple[int, ...]
-    """When the engine had each of them, on the driver's clock."""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamProgress:
-    """How much of the prompt is in the cache or computed by now."""
-
-    num_computed_tokens: int
-    num_prompt_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class StreamEnd:
-    """The last event of every stream."""
-
-    reason: FinishReason
-    stats: RequestStats
-    error: str | None
-    overflowed: bool = False
-    """The consumer left so much unread that the request was ended and further tokens were dropped."""
-
-
-StreamEvent: TypeAlias = StreamTokens | StreamProgress | StreamEnd
-
-
-MAX_UNREAD_TOKENS = 16_384
-"""Tokens that a stream keeps for a consumer that does not read; a few megabytes."""
-
 
 _T = TypeVar("_T")
 
@@ -95,80 +58,6 @@ class Driver(Protocol):
     def ask(self, question: Callable[[EngineCore, int], _T]) -> Future[_T]:
         """Has a question answered on the engine thread. Raises EngineError if the engine is down; so may the future."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class _Mailbox:
-    """What one stream has not read yet. Tokens merge, so a slow consumer costs one event, not thousands."""
-
-    samples: list[TokenSample] = field(default_factory=list)
-    times_ns: list[int] = field(default_factory=list)
-    progress: StreamProgress | None = None
-    end: StreamEnd | None = None
-    size: int = 0
-    """Tokens in `samples`; alternatives with log-probabilities count as well."""
-    overflowed: bool = False
-    filled: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class TokenStream:
-    """The events of one request, as an async iterator and context manager.
-
-    `async with client.generate(...) as stream: async for event in stream: ...`. Leaving the context before the end
-    cancels the request.
-    """
-
-    def __init__(self, client: EngineClient, request_id: str, adapter: str | None) -> None:
-        self.request_id = request_id
-        self.adapter = adapter
-        self._client = client
-        self._mailbox = _Mailbox()
-        self._ended = False
-
-    async def __aenter__(self) -> TokenStream:
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if not self._ended:
-            self.finish(FinishReason.CANCELLED)
-            self._client._forget(self.request_id)
-
-    def __aiter__(self) -> AsyncIterator[StreamEvent]:
-        return self
-
-    async def __anext__(self) -> StreamEvent:
-        if self._ended:
-            raise StopAsyncIteration
-        mailbox = self._mailbox
-        await mailbox.filled.wait()
-        if mailbox.samples:
-            event: StreamEvent = StreamTokens(tuple(mailbox.samples), tuple(mailbox.times_ns))
-            mailbox.samples.clear()
-            mailbox.times_ns.clear()
-            mailbox.size = 0
-            mailbox.progress = None
-        elif mailbox.progress is not None:
-            event = mailbox.progress
-            mailbox.progress = None
-        else:
-            assert mailbox.end is not None
-            event = mailbox.end
-            self._ended = True
-        if not mailbox.samples and mailbox.progress is None and mailbox.end is None:
-            mailbox.filled.clear()
-        return event
-
-    def finish(self, reason: FinishReason) -> None:
-        """Asks the engine to end the request early; the `StreamEnd` still comes through the stream.
-
-        `FinishReason.STOP` is for a stop string found in the text.
-        """
-        self._client._end(self.request_id, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +193,8 @@ class EngineClient:
         request_id = request_id or f"req-{next(self._ids)}"
         if request_id in self._streams:
             raise InvalidRequestError(f"request id {request_id!r} is in use", param="request_id")
-        stream = TokenStream(self, request_id, adapter)
+        mailbox = Mailbox(self._max_unread_tokens)
+        stream = TokenStream(request_id, adapter, mailbox, end=self._end, forget=self._forget)
         command = SubmitRequest(
             request_id=request_id,
             prompt_token_ids=tuple(prompt_token_ids),
@@ -357,11 +247,14 @@ class EngineClient:
     def dispatch(self, events: Sequence[EngineEvent]) -> None:
         """Delivers the events of one or more steps to their streams. Called on the event loop."""
         for event in events:
-            if isinstance(event, TokenGenerated):
-                self._deliver(event.request_id, token=event)
-            elif isinstance(event, PrefillProgress):
-                progress = StreamProgress(event.num_computed_tokens, event.num_total_tokens)
-                self._deliver(event.request_id, progress=progress)
+            if isinstance(event, TokenGenerated | PrefillProgress):
+                stream = self._streams.get(event.request_id)
+                if stream is None:
+                    continue  # nobody listens any more; the cancel is on its way
+                if isinstance(event, PrefillProgress):
+                    stream.mailbox.put_progress(StreamProgress(event.num_computed_tokens, event.num_total_tokens))
+                elif not stream.mailbox.put_token(event.sample, event.at_ns):
+                    self._end(event.request_id, FinishReason.CANCELLED)
             elif isinstance(event, RequestAdmitted):
                 self._waiting.discard(event.request_id)
             elif isinstance(event, RequestFinished):
@@ -369,17 +262,14 @@ class EngineClient:
                 problem = self._close_grammar(event.request_id)
                 if problem is not None and reason is FinishReason.STOP:
                     reason, error = FinishReason.ERROR, problem
-                end = StreamEnd(reason, event.stats, error)
-                self._deliver(event.request_id, end=end)
-                self._forget(event.request_id)
+                self._finish(event.request_id, StreamEnd(reason, event.stats, error))
 
     def fail_all(self, message: str) -> None:
         """Ends every stream with an error: the engine thread has died. Called on the event loop."""
         stats = RequestStats(0, 0, 0, 0, "", 0, None, None, None)
         for request_id in list(self._streams):
             self._close_grammar(request_id)
-            self._deliver(request_id, end=StreamEnd(FinishReason.ERROR, stats, message))
-            self._forget(request_id)
+            self._finish(request_id, StreamEnd(FinishReason.ERROR, stats, message))
 
     def _constrain(self, sampling: SamplingParams, grammar: CompiledGrammar) -> SamplingParams:
         if self._masks is None:
@@ -392,31 +282,12 @@ class EngineClient:
         """What went wrong in the grammar of a request that has ended; None for most."""
         return None if self._masks is None else self._masks.close(request_id)
 
-    def _deliver(
-        self,
-        request_id: str,
-        *,
-        token: TokenGenerated | None = None,
-        progress: StreamProgress | None = None,
-        end: StreamEnd | None = None,
-    ) -> None:
+    def _finish(self, request_id: str, end: StreamEnd) -> None:
+        """The last that a stream gets, if somebody listens to it."""
         stream = self._streams.get(request_id)
-        if stream is None:  # nobody listens any more; the cancel is on its way
-            return
-        mailbox = stream._mailbox
-        if token is not None and not mailbox.overflowed:
-            mailbox.size += 1 + len(token.sample.top_logprobs)
-            if mailbox.size > self._max_unread_tokens and mailbox.samples:
-                mailbox.overflowed = True
-                self._end(request_id, FinishReason.CANCELLED)
-            else:
-                mailbox.samples.append(token.sample)
-                mailbox.times_ns.append(token.at_ns)
-        if progress is not None:
-            mailbox.progress = progress
-        if end is not None:
-            mailbox.end = replace(end, overflowed=True) if mailbox.overflowed else end
-        mailbox.filled.set()
+        if stream is not None:
+            stream.mailbox.put_end(end)
+        self._forget(request_id)
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         if request_id in self._streams:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import EngineError
-from agentserve.runtime.client import StreamEnd, StreamEvent, StreamProgress, StreamTokens, TokenStream
+from agentserve.runtime.streams import StreamEnd, StreamEvent, StreamProgress, StreamTokens, TokenStream
 from agentserve.server.answer_format import AnswerParser, merge
 from agentserve.server.errors import ShuttingDownError, SlowReaderError
 from agentserve.server.observe import RequestObserver

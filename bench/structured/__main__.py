@@ -25,7 +25,7 @@ from agentserve.build import Engine, build_engine
 from agentserve.config import ServeConfig
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.errors import InvalidGrammarError
-from agentserve.runtime.client import StreamEnd, StreamTokens
+from agentserve.runtime.streams import StreamEnd, StreamTokens
 from agentserve.text.grammar.source import Constraint
 from agentserve.text.tools.spec import (
     JsonSchemaFormat,

@@ -11,7 +11,7 @@ from agentserve.build import Engine, build_engine, build_executor
 from agentserve.config import ServeConfig
 from agentserve.core.request import SamplingParams
 from agentserve.errors import ConfigError
-from agentserve.runtime.client import StreamEnd
+from agentserve.runtime.streams import StreamEnd
 from agentserve.text.grammar.source import Constraint
 from agentserve.text.tools.spec import ChoiceFormat
 

@@ -19,8 +19,8 @@ from agentserve.errors import ConfigError
 from agentserve.models.fingerprint import weights_fingerprint
 from agentserve.models.registry import resolve_model
 from agentserve.profiles.links import disk_blocks
-from agentserve.runtime.client import StreamEnd
 from agentserve.runtime.replay import replay
+from agentserve.runtime.streams import StreamEnd
 from tests.models.builders import save_tiny_model
 
 

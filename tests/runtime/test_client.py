@@ -23,7 +23,8 @@ from agentserve.core.events import (
 from agentserve.core.request import FinishReason, SamplingParams
 from agentserve.core.stats import EngineStats
 from agentserve.errors import ContextLengthExceededError, EngineError, InvalidRequestError, QueueFullError
-from agentserve.runtime.client import EngineClient, StreamEnd, StreamProgress, StreamTokens
+from agentserve.runtime.client import EngineClient
+from agentserve.runtime.streams import StreamEnd, StreamProgress, StreamTokens
 
 STATS = RequestStats(3, 0, 2, 0, "cold_prefill", 0, 0, 1, 2)
 PARAMS = SamplingParams(max_tokens=4)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from agentserve.core.request import FinishReason
-from agentserve.runtime.client import MAX_UNREAD_TOKENS
+from agentserve.runtime.streams import MAX_UNREAD_TOKENS
 from tests.server import simulated
 from tests.server.scripted import Run, ScriptedDaemon, replying, serve
 
