@@ -39,7 +39,7 @@ def draw(rows: Sequence[dict[str, object]], path: Path, gpu: str) -> None:
             axis.grid(alpha=0.3)
         axes[0][column].set_ylim(20, 85)
         axes[1][column].set_ylim(bottom=0)
-    axes[0][0].set_ylabel("prompt tokens found in the cache, %")
+    axes[0][0].set_ylabel("prompt tokens cached, %")
     axes[1][0].set_ylabel("mean time to first token, ms")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
