@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a run from which the hypervisor took more than 3 %% of the processor time is made again, up to so many "
         "times; the least disturbed one counts",
     )
+    many.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers of a round before its first run, so that the runs of one workload follow each other; "
+        "for servers that do nothing while nobody calls",
+    )
     many.add_argument("--frontier", action="store_true", help="plot p95 gap against cold TTFT; print who dominates")
     for name, help_text in PLACEHOLDERS.items():
         many.add_argument(f"--{name.replace('_', '-')}", metavar="PATH", help=f"{help_text} [BENCH_{name.upper()}]")
@@ -190,6 +196,7 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
         slo_scale=arguments.slo_scale,
         timeout_s=arguments.timeout_s,
         tries=arguments.tries,
+        together=arguments.together,
         console=console,
     )
     results = asyncio.run(comparison.run())

@@ -1,10 +1,14 @@
-"""Several servers side by side: one at a time, in interleaved rounds, so that drift of the machine hits all alike."""
+"""Several servers side by side: one at a time, in interleaved rounds, so that drift of the machine hits all alike.
+
+Started one after the other, or all before the first run, so that those of one workload follow each other at once.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,6 +44,9 @@ class Comparison:
     tries: int = 1
     """A run from which the hypervisor took too much time is made again, up to so many times; the one that had most of
     its time counts."""
+    together: bool = False
+    """All servers of a round are up at once, and take turns with each workload. They must leave the machine alone while
+    nobody calls, and fit its memory together."""
     console: Console = field(default_factory=Console)
     failures: list[str] = field(default_factory=list)
     """Sentences about servers that did not start or died; the others go on."""
@@ -57,12 +64,8 @@ class Comparison:
         for round_index in range(self.rounds):
             # Every other round in reverse: what warms up or wears off over a round favours nobody.
             order = self.servers if round_index % 2 == 0 else list(reversed(self.servers))
-            for spec in order:
-                try:
-                    await self._run_server(spec, round_index, runs)
-                except (BenchError, OSError) as error:
-                    self.failures.append(f"round {round_index}, {spec.name}: {error}")
-                    self.console.print(f"! {self.failures[-1]}", style="red", markup=False)
+            for group in [order] if self.together else [[spec] for spec in order]:
+                await self._run_servers(group, round_index, runs)
                 if runs:
                     shared["total_s"] = round(time.monotonic() - started_s, 1)
                     shared["failures"] = list(self.failures)
@@ -71,36 +74,58 @@ class Comparison:
             raise BenchError("no server gave a result:\n" + "\n".join(self.failures))
         return Results(shared, tuple(runs))
 
-    async def _run_server(self, spec: ServerSpec, round_index: int, runs: list[RunResult]) -> None:
+    async def _run_servers(self, specs: Sequence[ServerSpec], round_index: int, runs: list[RunResult]) -> None:
+        """Starts servers, has each of them run each workload in turn, and stops them."""
         started_s = time.monotonic()
-        async with running(spec, self.values, self.out / "logs") as server:
-            ready_s = time.monotonic() - started_s
-            async with ChatClient(server.base_url, timeout_s=self.timeout_s) as client:
-                try:
-                    await self._run_workloads(client, spec, round_index, runs)
-                except EndpointGoneError as error:
-                    raise ServerFailedError(f"{error}{_last_words(server)}") from None
-            if server.exit_code is not None:
-                raise ServerFailedError(f"it ended with exit code {server.exit_code}{_last_words(server)}")
-        total_s = time.monotonic() - started_s
-        self._say(f"round {round_index}, {spec.name}: ready after {ready_s:.1f} s, {total_s:.1f} s in all")
+        async with AsyncExitStack() as stack:
+            up: list[tuple[ServerSpec, RunningServer, Endpoint]] = []
+            for spec in specs:
+                with self._failing(spec, round_index):
+                    server = await stack.enter_async_context(running(spec, self.values, self.out / "logs"))
+                    client = await stack.enter_async_context(ChatClient(server.base_url, timeout_s=self.timeout_s))
+                    self._say(f"round {round_index}, {spec.name}: ready after {time.monotonic() - started_s:.1f} s")
+                    with _last_words(server):
+                        endpoint = await Endpoint.prepare(
+                            client, spec.info(), seed=self.seed, calibration=self._calibration
+                        )
+                    self._calibration = endpoint.calibration
+                    up.append((spec, server, endpoint))
+            for named in self.workloads(round_index):
+                for spec, server, endpoint in list(up):
+                    with self._failing(spec, round_index), _last_words(server):
+                        runs.append(await self._run_workload(endpoint, named, round_index))
+                        continue
+                    up.remove((spec, server, endpoint))  # it has gone; the others go on
+            for spec, server, _ in up:
+                with self._failing(spec, round_index), _last_words(server):
+                    if server.exit_code is not None:
+                        raise EndpointGoneError(f"it ended with exit code {server.exit_code}")
+        self._say(
+            f"round {round_index}, {', '.join(s.name for s in specs)}: {time.monotonic() - started_s:.1f} s in all"
+        )
 
-    async def _run_workloads(
-        self, client: ChatClient, spec: ServerSpec, round_index: int, runs: list[RunResult]
-    ) -> None:
-        endpoint = await Endpoint.prepare(client, spec.info(), seed=self.seed, calibration=self._calibration)
-        self._calibration = endpoint.calibration
-        for named in self.workloads(round_index):
-            slo = await self._targets(endpoint, named)
-            tries: list[RunResult] = []
-            while len(tries) < self.tries and (not tries or find_theft(tries[-1].stolen_share)):
-                tries.append(await endpoint.run(named, round_index=round_index, try_index=len(tries), slo=slo))
-                self._describe(named, tries[-1])
-            runs.append(min(tries, key=lambda result: result.stolen_share or 0.0))
+    @contextmanager
+    def _failing(self, spec: ServerSpec, round_index: int) -> Iterator[None]:
+        """Notes what goes wrong with a server; the others go on."""
+        try:
+            yield
+        except (BenchError, OSError) as error:
+            self.failures.append(f"round {round_index}, {spec.name}: {error}")
+            self.console.print(f"! {self.failures[-1]}", style="red", markup=False)
 
-    def _describe(self, named: NamedWorkload, result: RunResult) -> None:
+    async def _run_workload(self, endpoint: Endpoint, named: NamedWorkload, round_index: int) -> RunResult:
+        slo = await self._targets(endpoint, named)
+        tries: list[RunResult] = []
+        while len(tries) < self.tries and (not tries or find_theft(tries[-1].stolen_share)):
+            tries.append(await endpoint.run(named, round_index=round_index, try_index=len(tries), slo=slo))
+            self._describe(endpoint, named, tries[-1])
+        return min(tries, key=lambda result: result.stolen_share or 0.0)
+
+    def _describe(self, endpoint: Endpoint, named: NamedWorkload, result: RunResult) -> None:
         good = sum(record.error is None for record in result.records)
-        self._say(f"  {named.title}: {good} of {len(result.records)} calls in {result.duration_s:.1f} s")
+        self._say(
+            f"  {endpoint.info.name}, {named.title}: {good} of {len(result.records)} calls in {result.duration_s:.1f} s"
+        )
         for doubt in result.doubts:
             self.console.print(f"  ! {doubt}", style="yellow", markup=False)
 
@@ -116,9 +141,14 @@ class Comparison:
         self.console.print(text, highlight=False, markup=False)
 
 
-def _last_words(server: RunningServer) -> str:
-    tail = server.log_tail()
-    return f"; the end of its log:\n{tail}" if tail else ""
+@contextmanager
+def _last_words(server: RunningServer) -> Iterator[None]:
+    """Adds the end of its log to what is said of a server that has gone."""
+    try:
+        yield
+    except EndpointGoneError as error:
+        tail = server.log_tail()
+        raise ServerFailedError(f"{error}; the end of its log:\n{tail}" if tail else str(error)) from None
 
 
 def with_targets(results: Results, slo: Slo) -> Results:

@@ -245,6 +245,24 @@ async def test_a_run_that_others_disturb_is_made_again_with_other_prompts(
     assert [(run.round, run.stolen_share) for run in load([out]).runs] == [(0, 0.01), (1, 0.04)]
 
 
+async def test_servers_that_are_up_together_take_turns_with_each_workload(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", "--together", "--rounds", "2", "--out", str(out)]
+    for name in "ab":
+        program = {"program_id": name, "turns": [{"append_tokens": 40, "output_tokens": 3}]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(program) + "\n", encoding="utf-8")
+        arguments += ["--workload", str(tmp_path / f"{name}.jsonl")]
+    async with serving(FakeServer(gap_s=0.003)) as one, serving(FakeServer(gap_s=0.003)) as other:
+        arguments += ["--server", f"one={one.base_url}", "--server", f"gone={other.base_url}x"]
+        arguments += ["--server", f"other={other.base_url}"]
+        assert await asyncio.to_thread(main, arguments) == 1
+    whole = load([out])
+    order = [(run.round, run.workload[:7], run.server.name) for run in whole.runs]
+    both, reverse = ("one", "other"), ("other", "one")
+    assert order == [(n, f"{w}.jsonl", s) for n, names in ((0, both), (1, reverse)) for w in "ab" for s in names]
+    assert [failure.split(":")[0] for failure in whole.conditions["failures"]] == ["round 0, gone", "round 1, gone"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
