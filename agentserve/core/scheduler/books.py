@@ -251,8 +251,8 @@ class Books:
         time: until what the next ones need is loaded, nobody has any use for more.
         """
         adapters, residency = self._memory.adapters, self._memory.residency
-        if not self._slice_ns:
-            return False
+        if not self._slice_ns or self._draining:
+            return False  # who drains gives its place back in a moment
         num_vacant = len(self._loading)
         lacking = None if adapters is None or adapters.admits(refused, set()) else adapters
         if lacking is not None:
