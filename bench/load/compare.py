@@ -81,9 +81,10 @@ class Comparison:
             up: list[tuple[ServerSpec, RunningServer, Endpoint]] = []
             for spec in specs:
                 with self._failing(spec, round_index):
+                    start_s = time.monotonic()
                     server = await stack.enter_async_context(running(spec, self.values, self.out / "logs"))
                     client = await stack.enter_async_context(ChatClient(server.base_url, timeout_s=self.timeout_s))
-                    self._say(f"round {round_index}, {spec.name}: ready after {time.monotonic() - started_s:.1f} s")
+                    self._say(f"round {round_index}, {spec.name}: ready after {time.monotonic() - start_s:.1f} s")
                     with _last_words(server):
                         endpoint = await Endpoint.prepare(
                             client, spec.info(), seed=self.seed, calibration=self._calibration

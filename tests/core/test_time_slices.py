@@ -133,6 +133,17 @@ def test_a_slot_for_an_adapter_changes_hands() -> None:
     assert moves(results)[:5] == [("in", "1"), ("in", "2"), ("end", "1"), ("out", "2"), ("in", "3")]
 
 
+def test_a_seat_changes_hands_although_there_are_slots_enough() -> None:
+    """What the next ones need is loaded while they wait for a seat: so it is there when somebody gives way."""
+    lora = LoraConfig(tuple(AdapterConfig(name, 4000, 2) for name in "uvwxyz"), max_resident=6, read_bytes_per_s=1e6)
+    requests = [submit(name, 8, max_tokens=30, adapter=name) for name in "uvwxyz"]
+    results = run(*requests, lora=lora, max_num_seqs=2, time_slice_ns=40 * MS)
+    firsts = [at for what, _, at in times(results) if what == "in"][:6]
+    assert [who for what, who, _ in times(results) if what == "in"][:6] == list("uvwxyz")
+    # Without slices the third one would wait for 30 tokens of 8 ms each.
+    assert firsts[2] < 100 and firsts[5] < 240 and len(finished(results)) == 6
+
+
 def test_few_places_are_vacated_while_others_are_being_loaded() -> None:
     """Each load takes 100 ms: who runs goes on until somebody has use for its place."""
     slow = LoraConfig(tuple(AdapterConfig(f"{i:02}", 1000, 1) for i in range(16)), max_resident=8, read_bytes_per_s=1e4)
